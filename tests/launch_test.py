@@ -1,0 +1,406 @@
+"""Tests of `tf_psops.launch` with real processes, small ones without TensorFlow."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+from absl import app, flags
+from absl.testing import absltest, flagsaver, parameterized
+
+from tf_psops import launch as launch_lib
+
+_TIMEOUT_SECONDS = 20
+# Runs the launcher without `tf_psops/__init__.py`, which imports TensorFlow.
+_LAUNCHER = [sys.executable, launch_lib.__file__]
+# Starts a child in its own process group, and notes both process ids in $PIDS.
+_PARENT = """
+import os, subprocess, sys, time
+child = subprocess.Popen(["sleep", "100"])
+open(f"{os.environ['PIDS']}/{os.getpid()}-{child.pid}", "w").close()
+"""
+# For one worker to say that it is ready, and for another to wait for that.
+_READY = "open(os.environ['PIDS'] + '/ready', 'w').close()\n"
+_AWAIT_READY = """
+while not os.path.exists(os.environ["PIDS"] + "/ready"):
+    time.sleep(0.01)
+"""
+_IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+
+
+def setUpModule():
+    # A test run in the background may ignore SIGINT, and its children with it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _python(program):
+    return [sys.executable, "-c", program]
+
+
+def _by_index(*programs):
+    """Returns a command that runs `programs[i]` in worker `i`."""
+    return _python(
+        "import json, os, signal, sys, time\n"
+        "index = json.loads(os.environ['TF_CONFIG'])['task']['index']\n"
+        f"exec({programs!r}[index])"
+    )
+
+
+def _is_running(pid):
+    try:
+        state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ESRCH):
+            raise
+        return False
+    return state[0] != "Z"
+
+
+def _wait_until(condition):
+    deadline = time.monotonic() + _TIMEOUT_SECONDS
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError
+        time.sleep(0.02)
+
+
+class LaunchTestCase(parameterized.TestCase):
+    def setUp(self):
+        super().setUp()
+        self.pids_dir = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
+        self.enter_context(
+            absltest.mock.patch.dict(os.environ, {"PIDS": str(self.pids_dir)})
+        )
+        handler = signal.signal(signal.SIGALRM, self._time_out)
+        self.addCleanup(signal.signal, signal.SIGALRM, handler)
+        self.addCleanup(signal.alarm, 0)
+        signal.alarm(_TIMEOUT_SECONDS)
+
+    def _time_out(self, signum, frame):
+        raise TimeoutError(f"{self.id()} hangs")
+
+    def launch(self, command, num_workers=2, grace_seconds=10.0):
+        output = io.StringIO()
+        code = launch_lib.launch(command, num_workers, grace_seconds, output)
+        return code, output.getvalue().splitlines()
+
+    def pids(self):
+        names = [path.name for path in self.pids_dir.iterdir()]
+        return [int(pid) for name in names for pid in name.split("-")]
+
+    def assert_no_orphan(self, num_workers=2):
+        self.assertLen(self.pids(), 2 * num_workers)
+        _wait_until(lambda: not any(map(_is_running, self.pids())))
+
+
+class OutputTest(LaunchTestCase):
+    def test_lines_stay_whole(self):
+        program = """
+for i in range(5000):
+    line = f"{i} " + "x" * (i % 200)
+    print(line, file=[sys.stdout, sys.stderr][i % 2])
+"""
+        code, lines = self.launch(_by_index(program, program))
+        self.assertEqual(code, 0)
+        expected = [f"{i} " + "x" * (i % 200) for i in range(5000)]
+        for index in range(2):
+            prefix = f"[worker {index}] "
+            mine = [line[len(prefix) :] for line in lines if line.startswith(prefix)]
+            self.assertEqual(mine, expected)
+        self.assertLen(lines, 10000)
+
+    @parameterized.named_parameters(
+        ("no_newline", b"a\nb", ["a", "b"]),
+        ("progress_bar", b"1/2\b\b\b\r2/2\b\b\b\r\r\ndone\r\n", ["1/2", "2/2", "done"]),
+        ("blank_lines", b"\n\na\n\n", ["a"]),
+        ("undecodable", b"a\xffb\n\xe2\x82", ["a\ufffdb", "\ufffd"]),
+        ("long", b"x" * 100_000, ["x" * 100_000]),
+        ("nothing", b"", []),
+    )
+    def test_pieces(self, data, expected):
+        program = f"import sys; sys.stdout.buffer.write({data!r})"
+        code, lines = self.launch(_python(program), num_workers=1)
+        self.assertEqual(code, 0)
+        self.assertEqual(lines, [f"[worker 0] {line}" for line in expected])
+
+    def test_split_character(self):
+        program = """
+import os, time
+for byte in "é\\n".encode():
+    os.write(1, bytes([byte]))
+    time.sleep(0.05)
+"""
+        _, lines = self.launch(_python(program), num_workers=1)
+        self.assertEqual(lines, ["[worker 0] é"])
+
+    def test_closed_output_ends_workers(self):
+        output = absltest.mock.Mock()
+        output.write.side_effect = BrokenPipeError
+        program = """
+import pathlib, signal, sys
+def save(*_):
+    print("saving")
+    pathlib.Path(os.environ["PIDS"], "saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+print("ready")
+time.sleep(100)
+"""
+        with self.assertRaises(BrokenPipeError):
+            launch_lib.launch(_by_index(program), 1, output=output)
+        self.assertTrue((self.pids_dir / "saved").exists())
+
+    def test_broken_launcher_leaves_no_orphan(self):
+        output = absltest.mock.Mock()
+        output.write.side_effect = KeyError
+        program = _IGNORE_SIGTERM + _PARENT + "print('on'); time.sleep(100)"
+        with self.assertRaises(KeyError):
+            launch_lib.launch(_python(program), 1, output=output)
+        self.assert_no_orphan(num_workers=1)
+
+
+class EnvironmentTest(LaunchTestCase):
+    def test_tf_config(self):
+        program = "import os; print(os.environ['TF_CONFIG'])"
+        code, lines = self.launch(_python(program), num_workers=3)
+        self.assertEqual(code, 0)
+        configs = {}
+        for line in lines:
+            index, text = re.fullmatch(r"\[worker (\d)\] (.*)", line).groups()
+            configs[int(index)] = json.loads(text)
+        addresses = configs[0]["cluster"]["worker"]
+        self.assertLen(set(addresses), 3)
+        for address in addresses:
+            self.assertRegex(address, r"^127\.0\.0\.1:\d+$")
+        for index in range(3):
+            self.assertEqual(
+                configs[index],
+                {
+                    "cluster": {"worker": addresses},
+                    "task": {"type": "worker", "index": index},
+                },
+            )
+
+    def test_unbuffered(self):
+        program = "import os; print('seen'); os._exit(0)"
+        _, lines = self.launch(_python(program), num_workers=1)
+        self.assertEqual(lines, ["[worker 0] seen"])
+
+
+class ExitCodeTest(LaunchTestCase):
+    def test_first_failure_ends_others(self):
+        code, lines = self.launch(
+            _by_index(
+                "time.sleep(100)", "print('bye'); sys.exit(7)", "time.sleep(100)"
+            ),
+            num_workers=3,
+        )
+        self.assertEqual(code, 7)
+        self.assertEqual(
+            lines, ["[worker 1] bye", "[launch] worker 1 failed with exit code 7"]
+        )
+
+    def test_killed_by_signal(self):
+        code, lines = self.launch(
+            _by_index("os.kill(os.getpid(), signal.SIGKILL)", "time.sleep(100)")
+        )
+        self.assertEqual(code, 128 + signal.SIGKILL)
+        self.assertEqual(lines, ["[launch] worker 0 was ended by signal 9 (Killed)"])
+
+    def test_kills_after_grace(self):
+        stubborn = _IGNORE_SIGTERM + _READY + "time.sleep(100)"
+        fails = _AWAIT_READY + "sys.exit(3)"
+        start = time.monotonic()
+        code, lines = self.launch(_by_index(stubborn, fails), grace_seconds=0.5)
+        self.assertEqual(code, 3)
+        self.assertBetween(time.monotonic() - start, 0.5, 9)
+        self.assertEqual(lines[-1], "[launch] worker 1 failed with exit code 3")
+
+    def test_graceful_end_does_not_hide_failure(self):
+        graceful = f"""
+signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit(5)))
+{_READY}
+time.sleep(100)
+"""
+        code, lines = self.launch(_by_index(graceful, _AWAIT_READY + "sys.exit(3)"))
+        self.assertEqual(code, 3)
+        self.assertIn("[worker 0] saved", lines)
+
+    def test_left_behind_is_ended(self):
+        code, lines = self.launch(_python(_PARENT), grace_seconds=2)
+        self.assertEqual(code, 0)
+        self.assertEmpty(lines)
+        self.assert_no_orphan()
+
+    def test_left_behind_has_grace(self):
+        child = """
+import os, pathlib, signal, sys, time
+def save(*_):
+    time.sleep(0.3)
+    pathlib.Path(os.environ["PIDS"], "saved").touch()
+    sys.exit()
+signal.signal(signal.SIGTERM, save)
+os.write(1, b"ready")
+time.sleep(100)
+"""
+        wrapper = f"""
+import subprocess
+child = subprocess.Popen({_python(child)!r}, stdout=subprocess.PIPE)
+child.stdout.read(5)
+"""
+        code, _ = self.launch(_python(wrapper), num_workers=1, grace_seconds=2)
+        self.assertEqual(code, 0)
+        self.assertTrue((self.pids_dir / "saved").exists())
+
+    def test_cannot_start(self):
+        code, lines = self.launch(["/no/such/program"])
+        self.assertEqual(code, 127)
+        self.assertLen(lines, 1)
+        self.assertRegex(lines[0], "cannot start '/no/such/program': .* Check the")
+
+    def test_cannot_start_second_worker(self):
+        real, calls = launch_lib._Worker, []
+
+        def worker(index, *args):
+            calls.append(index)
+            if index == 1:
+                raise FileNotFoundError(errno.ENOENT, "gone")
+            return real(index, *args)
+
+        with absltest.mock.patch.object(launch_lib, "_Worker", worker):
+            code, _ = self.launch(["sleep", "100"], num_workers=3)
+        self.assertEqual(code, 127)
+        self.assertEqual(calls, [0, 1])
+
+
+class ArgumentsTest(LaunchTestCase):
+    @parameterized.parameters("sleep 1", "", [[]])
+    def test_bad_command(self, command):
+        with self.assertRaisesRegex(ValueError, r"`command` .* Received: .* Pass"):
+            launch_lib.launch(command, 1)
+
+    def test_bad_num_workers(self):
+        with self.assertRaisesRegex(ValueError, r"`num_workers` .* Received: 0\."):
+            launch_lib.launch(["true"], 0)
+
+    def test_no_command(self):
+        with self.assertRaisesRegex(app.UsageError, "-- python -m trainers.train"):
+            launch_lib.main(["launch"])
+
+    @flagsaver.flagsaver
+    def test_main_passes_flags(self):
+        command = ["python", "x.py", "--num_workers=5"]
+        argv = flags.FLAGS(
+            ["launch", "--num_workers=3", "--grace_seconds=1.5", "--", *command]
+        )
+        with (
+            absltest.mock.patch.object(launch_lib, "launch", return_value=4) as launch,
+            absltest.mock.patch.object(sys, "stdout"),
+        ):
+            self.assertEqual(launch_lib.main(argv), 4)
+        launch.assert_called_once_with(command, 3, 1.5)
+
+    @parameterized.named_parameters(
+        ("usage", [], 1, "Expected a command after"),
+        ("num_workers", ["--num_workers=0", "--", "true"], 1, "num_workers=0"),
+    )
+    def test_command_line_error(self, arguments, code, message):
+        result = subprocess.run(
+            [*_LAUNCHER, *arguments],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+        )
+        self.assertEqual(result.returncode, code)
+        self.assertIn(message, result.stdout + result.stderr)
+
+    def test_flags_after_dashes_are_the_commands(self):
+        arguments = ["--num_workers=3", "--help", "--flagfile=no", "--", "-x", "a b"]
+        result = subprocess.run(
+            [
+                *(*_LAUNCHER, "--num_workers=1", "--"),
+                *_python("import sys; print(sys.argv[1:])"),
+                *arguments,
+            ],
+            check=False,
+            capture_output=True,
+            text=True,
+            timeout=_TIMEOUT_SECONDS,
+        )
+        self.assertEqual(result.stdout, f"[worker 0] {arguments}\n", result.stderr)
+        self.assertEqual(result.returncode, 0)
+
+
+class SignalTest(LaunchTestCase):
+    @contextlib.contextmanager
+    def launcher(self, program, *arguments):
+        """Yields a launcher of two workers once both run and have a child."""
+        with subprocess.Popen(
+            [*_LAUNCHER, *arguments, "--", *_python(program)],
+            stdout=subprocess.PIPE,
+            text=True,
+        ) as process:
+            try:
+                _wait_until(lambda: len(self.pids()) == 4)
+                yield process
+            finally:
+                process.kill()
+
+    @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    def test_handed_on(self, signum):
+        program = f"""
+import signal, sys
+signal.signal({int(signum)}, lambda *_: (print("saved"), sys.exit(0)))
+{_PARENT}
+time.sleep(100)
+"""
+        with self.launcher(program) as process:
+            process.send_signal(signum)
+            output, _ = process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assertEqual(process.returncode, 128 + signum)
+        *lines, last = output.splitlines()
+        self.assertCountEqual(lines, ["[worker 0] saved", "[worker 1] saved"])
+        self.assertStartsWith(last, f"[launch] received signal {int(signum)} (")
+        self.assert_no_orphan()
+
+    def test_kills_after_grace(self):
+        program = _IGNORE_SIGTERM + _PARENT + "time.sleep(100)"
+        with self.launcher(program, "--grace_seconds=0.3") as process:
+            process.terminate()
+            process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+        self.assert_no_orphan()
+
+    def test_killed_launcher_leaves_no_orphan(self):
+        with self.launcher(_IGNORE_SIGTERM + _PARENT + "time.sleep(100)") as process:
+            process.kill()
+            process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assert_no_orphan()
+
+    def test_ignored_signal_stays_ignored(self):
+        handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self.addCleanup(signal.signal, signal.SIGHUP, handler)
+        with self.launcher(_PARENT + "time.sleep(0.5); print('done')") as process:
+            process.send_signal(signal.SIGHUP)
+            output, _ = process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assertEqual(process.returncode, 0)
+        self.assertEqual(output.count("done"), 2)
+
+    def test_handlers_are_restored(self):
+        before = [signal.getsignal(signum) for signum in launch_lib._HANDED_ON]
+        self.launch(["true"])
+        after = [signal.getsignal(signum) for signum in launch_lib._HANDED_ON]
+        self.assertEqual(before, after)
+
+
+if __name__ == "__main__":
+    absltest.main()

@@ -1,0 +1,172 @@
+"""The one module that touches TensorFlow's private API.
+
+Everything here was checked against TensorFlow 2.19.1 and 2.21.0 with Keras
+3.15; `tests/compatibility` runs the suite on the oldest and the newest release.
+Private names used, and why no public one serves:
+
+  * `CollectiveAllReduceExtended` holds the cluster set-up, the per-device
+    variables and the input pipeline of `MultiWorkerMirroredStrategy`. Keras 3
+    takes a path that fails for instances of the public class (keras issue 20585),
+    so the public class cannot be the base.
+  * `context.context().configure_coordination_service` is the only place where
+    the time-out for a peer that never starts can be set.
+"""
+
+import tensorflow as tf
+from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+from tensorflow.python.distribute import (
+    collective_all_reduce_strategy,
+    multi_worker_util,
+)
+from tensorflow.python.eager import context
+
+_SEED_STRIDE = 1_000_003
+
+
+class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
+    """Replicas that share a cluster and start equal, and then train apart."""
+
+    def __init__(
+        self,
+        strategy,
+        devices,
+        cluster_resolver,
+        communication_options,
+        startup_timeout,
+    ):
+        self._swarm_devices = devices
+        self._startup_timeout = startup_timeout
+        strategy._collective_key_base = 0  # The base class asks its strategy for it.
+        super().__init__(strategy, cluster_resolver, communication_options)
+
+    # Called while `__init__` of the base class sets up the cluster.
+
+    def _initialize_local_devices(self, cluster_resolver, worker_device):
+        """Lets the caller's devices stand for all local ones, in a cluster too."""
+        if not self._swarm_devices:
+            return super()._initialize_local_devices(cluster_resolver, worker_device)
+        specs = [tf.DeviceSpec.from_string(device) for device in self._swarm_devices]
+        device_type = specs[0].device_type
+        devices = tuple(
+            f"{worker_device}/device:{spec.device_type}:{spec.device_index}"
+            for spec in specs
+        )
+        return devices, device_type
+
+    def _initialize_multi_worker(self, cluster_resolver):
+        """Bounds the wait for the peers, which the base class leaves unbounded."""
+        cluster = multi_worker_util.normalize_cluster_spec(
+            cluster_resolver.cluster_spec()
+        )
+        context.context().configure_coordination_service(
+            service_type="standalone",
+            service_leader=multi_worker_util.coordination_leader(cluster),
+            cluster_register_timeout_in_ms=int(self._startup_timeout * 1000),
+            coordinated_jobs=[
+                coordination_config_pb2.CoordinatedJob(
+                    name=job, num_tasks=cluster.num_tasks(job)
+                )
+                for job in ("chief", "worker")
+                if job in cluster.jobs
+            ],
+        )
+        super()._initialize_multi_worker(cluster_resolver)
+
+    # Variables: one of its own for every replica.
+
+    def _create_variable(self, next_creator, **kwargs):
+        """Gives every replica its own copy where the base class would mirror one.
+
+        Writes stay on their replica, and a read outside the replicas takes the
+        first local copy without a collective, so that what only the chief does
+        (saving, say) cannot wait for a peer.
+        """
+        synchronization = kwargs.get("synchronization")
+        if synchronization is not tf.VariableSynchronization.ON_READ:
+            kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
+            kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
+        return super()._create_variable(next_creator, **kwargs)
+
+    # Gradients: what one replica reduces reaches only that replica.
+
+    def _use_merge_call(self):
+        """Keeps updates inside their replica.
+
+        With merge calls Keras' optimizers reduce gradients through
+        `batch_reduce_to`, and the weights stay silently in step on CPUs.
+        """
+        return False
+
+    def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
+        """Returns what the all-reduce of equal replicas would: no collective runs.
+
+        Keras divides each replica's loss by the number of replicas and sums the
+        gradients over them; a replica of its own takes its own gradient that
+        many times.
+        """
+        if reduce_op == tf.distribute.ReduceOp.SUM:
+            return tf.nest.map_structure(self._times_num_replicas, value)
+        return value
+
+    def _times_num_replicas(self, value):
+        if isinstance(value, tf.IndexedSlices):
+            return tf.IndexedSlices(
+                self._times_num_replicas(value.values), value.indices, value.dense_shape
+            )
+        return value * tf.cast(self._num_replicas_in_sync, value.dtype)
+
+    # Random layers: a stream of its own for every replica.
+
+    def _get_variable_creator_initial_value(
+        self, replica_id, device, primary_var, **kwargs
+    ):
+        """Moves Keras' random seeds apart, so that dropout masks differ."""
+        initial_value = super()._get_variable_creator_initial_value(
+            replica_id=replica_id, device=device, primary_var=primary_var, **kwargs
+        )
+        if "seed_generator_state" not in (kwargs.get("name") or ""):
+            return initial_value
+        # Later replicas copy the worker's first one, which has moved already.
+        local = len(self.worker_devices)
+        places = replica_id if replica_id else self._id_in_cluster * local
+
+        def moved():
+            seed = initial_value() if callable(initial_value) else initial_value
+            offset = tf.constant([places * _SEED_STRIDE % 0x7FFFFFFF, 0], tf.int64)
+            return tf.cast(tf.cast(seed, tf.int64) + offset, seed.dtype)
+
+        return moved
+
+    # Inputs: every worker goes on for as long as its own data lasts.
+
+    def _in_multi_worker_mode(self):
+        """Keeps the input pipeline from a collective at every step.
+
+        The base class asks all workers before each batch whether anyone still
+        has data. `num_workers` tells whether there are peers.
+        """
+        return False
+
+    @property
+    def num_workers(self):
+        return self._num_workers
+
+    @property
+    def worker_index(self):
+        return self._id_in_cluster
+
+
+def updated_state(model):
+    """Returns the float variables that training updates without gradients.
+
+    Moving statistics, say. `model.non_trainable_variables` also names the weights
+    of frozen layers, which never change and need not travel; only the layers
+    themselves know the difference.
+    """
+    return [
+        variable
+        for layer in model._flatten_layers()
+        if layer.trainable
+        for variable in layer._non_trainable_variables
+        if tf.as_dtype(variable.dtype).is_floating
+    ]

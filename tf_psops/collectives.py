@@ -1,0 +1,165 @@
+"""What travels between the workers: a table of scalars and one flat vector.
+
+The functions are for the inside of one `tf.function`, outside the replicas: they
+take and give one tensor for each local device. Local replicas are joined on their
+worker first, so that one vector travels for each worker, however many replicas it
+has. All workers must call the same functions in the same order.
+"""
+
+import itertools
+
+import tensorflow as tf
+
+# Away from the keys that tf.distribute counts up from 1. All workers make their
+# `Collectives` in the same order.
+_group_keys = itertools.count(0x50530000)
+
+# TensorFlow takes an instance key for one tensor shape only: each call has a range
+# of its own.
+_KEYS_PER_CALL = 1 << 26
+
+_BUCKET_BYTES = 4 << 20
+
+
+class Collectives:
+    """Joins the tensors of all replicas of a swarm.
+
+    Args:
+        devices: The local devices, one for each replica of this worker.
+        num_workers: The number of workers in the cluster.
+        worker_index: The place of this worker, from 0.
+        options: A `tf.distribute.experimental.CommunicationOptions`.
+    """
+
+    def __init__(self, devices, num_workers, worker_index, options):
+        self._devices = tuple(devices)
+        self._num_workers = num_workers
+        self._worker_index = worker_index
+        self._group = {
+            "group_size": num_workers,
+            "group_key": next(_group_keys),
+            "communication_hint": options.implementation.value.lower(),
+            "timeout_seconds": options.timeout_seconds or 0.0,
+        }
+
+    @property
+    def num_particles(self):
+        """Returns W, the number of replicas on all workers."""
+        return self._num_workers * len(self._devices)
+
+    def gather(self, rows, call):
+        """Returns a table of all replicas' rows, [W, K], in the particles' order.
+
+        Args:
+            rows: A list of vectors, [K], one for each local replica.
+            call: A number from 0 to 31 that no other call of this object has.
+        """
+        with tf.device(self._devices[0]):
+            table = tf.stack([tf.identity(row) for row in rows])
+            if self._num_workers == 1:
+                return table
+            # The order in which TensorFlow ranks the workers is its own affair.
+            places = self.first_particle + tf.range(len(rows))
+            labelled = tf.concat(
+                [tf.cast(places, table.dtype)[:, tf.newaxis], table], axis=1
+            )
+            gathered = tf.raw_ops.CollectiveGatherV2(
+                input=labelled,
+                instance_key=call * _KEYS_PER_CALL,
+                ordering_token=[],
+                **self._group,
+            )
+            return tf.gather(gathered[:, 1:], tf.argsort(gathered[:, 0]))
+
+    def mean(self, vectors, healthy, call):
+        """Returns the mean of the healthy replicas' vectors, [P], on each device.
+
+        Args:
+            vectors: A list of vectors, [P], one for each local replica. Those of
+                replicas out of order may hold anything, NaN included.
+            healthy: [W], a bool for each replica, at least one of them true.
+            call: See `gather`.
+        """
+        first = self.first_particle
+        with tf.device(self._devices[0]):
+            total = tf.add_n(
+                [
+                    tf.where(healthy[first + replica], vector, 0)
+                    for replica, vector in enumerate(vectors)
+                ]
+            )
+            if self._num_workers > 1:
+                total = self._in_buckets(total, self._all_reduce, call)
+            mean = total / tf.cast(tf.math.count_nonzero(healthy), total.dtype)
+        return self._to_devices(mean)
+
+    def broadcast(self, vectors, root, call):
+        """Returns replica `root`'s vector, [P], on each local device.
+
+        Args:
+            vectors: A list of vectors, [P], one for each local replica.
+            root: Scalar int32, from 0 to W - 1, the same on all workers.
+            call: See `gather`.
+        """
+        root_worker = root // len(vectors)
+        with tf.device(self._devices[0]):
+            mine = tf.switch_case(
+                root % len(vectors),
+                [lambda vector=vector: tf.identity(vector) for vector in vectors],
+            )
+            if self._num_workers > 1:
+                # An instance key that serves two roots gives uninitialised memory.
+                def receive(piece, key):
+                    return self._receive(piece, key + root_worker)
+
+                def send(piece, key):
+                    return self._send(piece, key + self._worker_index)
+
+                mine = tf.cond(
+                    root_worker == self._worker_index,
+                    lambda: self._in_buckets(mine, send, call),
+                    lambda: self._in_buckets(mine, receive, call),
+                )
+        return self._to_devices(mine)
+
+    @property
+    def first_particle(self):
+        """Returns the index of this worker's first replica in the swarm."""
+        return self._worker_index * len(self._devices)
+
+    def _to_devices(self, vector):
+        copies = []
+        for device in self._devices:
+            with tf.device(device):
+                copies.append(tf.identity(vector))
+        return copies
+
+    def _in_buckets(self, vector, transfer, call):
+        """Applies `transfer(piece, key)` to pieces of about 4 MB."""
+        size = max(1, _BUCKET_BYTES // vector.dtype.size)
+        first_key = call * _KEYS_PER_CALL
+        pieces = [
+            transfer(vector[start : start + size], first_key + n * self._num_workers)
+            for n, start in enumerate(range(0, vector.shape[0], size))
+        ]
+        return tf.concat(pieces, axis=0)
+
+    def _all_reduce(self, piece, key):
+        return tf.raw_ops.CollectiveReduceV2(
+            input=piece,
+            instance_key=key,
+            ordering_token=[],
+            merge_op="Add",
+            final_op="Id",
+            **self._group,
+        )
+
+    def _send(self, piece, key):
+        return tf.raw_ops.CollectiveBcastSendV2(
+            input=piece, instance_key=key, **self._group
+        )
+
+    def _receive(self, piece, key):
+        return tf.raw_ops.CollectiveBcastRecvV2(
+            instance_key=key, shape=tf.shape(piece), T=piece.dtype, **self._group
+        )

@@ -1,0 +1,351 @@
+r"""Runs a command as several local workers, each with its own `TF_CONFIG`.
+
+```bash
+python -m tf_psops.launch --num_workers=4 -- \
+    python -m trainers.train --dataset=digits
+```
+
+All workers run on this machine and find each other on free loopback ports. Their
+output is shown line by line, with the worker's index in front. If one worker fails,
+the others are ended, because a swarm cannot synchronise without it.
+
+Each worker leads a process group, which is ended as a whole: first with a signal,
+then, after a grace, with SIGKILL. Should the launcher itself be killed, a small guard
+process kills the groups. Only a process that moves to another process group escapes.
+"""
+
+import codecs
+import contextlib
+import io
+import json
+import math
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from typing import TextIO
+
+from absl import app, flags
+
+_NUM_WORKERS = flags.DEFINE_integer(
+    "num_workers", 2, "Number of workers to run.", lower_bound=1
+)
+_GRACE_SECONDS = flags.DEFINE_float(
+    "grace_seconds",
+    10.0,
+    "Time in seconds that a worker has to end by itself before it is killed.",
+    lower_bound=0,
+)
+
+_EXAMPLE = (
+    "python -m tf_psops.launch --num_workers=4 -- python -m trainers.train "
+    "--dataset=digits"
+)
+_HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_POLL_SECONDS = 0.01
+# More than a pipe holds, so that one read empties it.
+_CHUNK_BYTES = 1 << 20
+# Each line of standard input lists the process groups that run; the end of the input
+# means that the launcher is gone, for whatever reason.
+_GUARD = """
+import os, signal, sys
+for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    signal.signal(signum, signal.SIG_IGN)
+groups = ""
+for groups in sys.stdin:
+    pass
+for group in groups.split():
+    try:
+        os.killpg(int(group), signal.SIGKILL)
+    except OSError:
+        pass
+"""
+
+
+def launch(
+    command: Sequence[str],
+    num_workers: int,
+    grace_seconds: float = 10.0,
+    output: TextIO | None = None,
+) -> int:
+    """Runs `command` as local workers and waits until all have ended.
+
+    Worker `i` gets task index `i` in `TF_CONFIG`, and unbuffered Python output. SIGINT,
+    SIGTERM and SIGHUP are handed on to the workers, unless this process ignores them,
+    so call this function from the main thread.
+
+    ```python
+    exit_code = launch([sys.executable, "train.py", "--epochs=3"], num_workers=4)
+    ```
+
+    Args:
+      command: Program and arguments.
+      num_workers: Number of workers, at least 1.
+      grace_seconds: Time in seconds between asking a worker to end and killing it.
+        Defaults to 10.
+      output: Text stream for the workers' output. Defaults to `sys.stdout`.
+
+    Returns:
+      0 if all workers exited with 0; else the exit code of the first that did not; 127
+      if the command cannot be started. Where a signal ended that worker, or was handed
+      on to all workers, 128 plus the signal's number.
+
+    Raises:
+      ValueError: If `command` is empty or one string, or `num_workers` is less than 1.
+      OSError: If `output` cannot be written to. The workers have been ended.
+    """
+    if isinstance(command, str) or not command:
+        raise ValueError(
+            f"`command` must be a non-empty list of strings. Received: {command!r}. "
+            'Pass the program and each argument apart, such as ["python", "train.py"].'
+        )
+    if num_workers < 1:
+        raise ValueError(
+            f"`num_workers` must be at least 1. Received: {num_workers}. "
+            "Pass the number of workers to run."
+        )
+    with (
+        _record_signals() as signums,
+        subprocess.Popen(
+            [sys.executable, "-I", "-S", "-c", _GUARD],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            bufsize=0,
+            start_new_session=True,
+        ) as guard,
+        selectors.DefaultSelector() as selector,
+    ):
+        group = _WorkerGroup(
+            grace_seconds, sys.stdout if output is None else output, guard, selector
+        )
+        group.start(command, num_workers)
+        return group.wait(signums)
+
+
+class _Worker:
+    """Runs one worker as the leader of a process group and prints its output."""
+
+    def __init__(
+        self,
+        index: int,
+        command: Sequence[str],
+        tf_config: str,
+        grace_seconds: float,
+        write: Callable[[str], None],
+    ):
+        self.index = index
+        self.process = subprocess.Popen(
+            command,
+            env={**os.environ, "TF_CONFIG": tf_config, "PYTHONUNBUFFERED": "1"},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            bufsize=0,
+            start_new_session=True,
+        )
+        os.set_blocking(self.process.stdout.fileno(), False)
+        self._grace_seconds = grace_seconds
+        self._kill_time = math.inf
+        self._write = write
+        # Makes "\r" and "\r\n" into "\n", so a progress bar becomes lines.
+        self._decoder = io.IncrementalNewlineDecoder(
+            codecs.getincrementaldecoder("utf-8")("replace"), translate=True
+        )
+        self._partial_line = ""
+
+    def print_output(self, final: bool = False) -> bool:
+        """Prints the full lines at hand, all of them if `final`; false at the end."""
+        chunk = self.process.stdout.read(_CHUNK_BYTES)  # None if the pipe is empty.
+        # Keras goes back over its progress bar with backspaces.
+        text = self._decoder.decode(chunk or b"", final).replace("\b", "")
+        text = self._partial_line + text + ("\n" if final else "")
+        *lines, self._partial_line = text.split("\n")
+        self._write(
+            "".join(f"[worker {self.index}] {line}\n" for line in lines if line.strip())
+        )
+        return chunk != b""
+
+    def end(self, signum: int) -> None:
+        """Sends a signal to the process group, to be killed after the grace."""
+        self._signal(signum)
+        self._kill_time = min(self._kill_time, time.monotonic() + self._grace_seconds)
+
+    def is_running(self) -> bool:
+        """Tells whether the process group runs, and ends what it should not leave."""
+        overdue = time.monotonic() >= self._kill_time
+        if overdue:
+            self._signal(signal.SIGKILL)
+        if self.process.poll() is None:
+            return True
+        if overdue or not self._signal(0):
+            return False
+        if self._kill_time == math.inf:
+            self.end(signal.SIGTERM)
+        return True
+
+    def _signal(self, signum: int) -> bool:
+        """Signals the process group; false if it has no process left."""
+        try:
+            os.killpg(self.process.pid, signum)
+        except (ProcessLookupError, PermissionError):  # On macOS also for a zombie.
+            return False
+        return True
+
+
+class _WorkerGroup:
+    """Runs the workers of one cluster: all of them, or none."""
+
+    def __init__(
+        self,
+        grace_seconds: float,
+        output: TextIO,
+        guard: subprocess.Popen,
+        selector: selectors.BaseSelector,
+    ):
+        self._grace_seconds = grace_seconds
+        self._output = output
+        self._guard = guard
+        self._selector = selector
+        self._workers: list[_Worker] = []
+        self._exit_code = 0
+        self._reason = ""
+        self._write_error: OSError | None = None
+
+    def start(self, command: Sequence[str], num_workers: int) -> None:
+        """Starts the workers; if one cannot be started, ends them all."""
+        for index, tf_config in enumerate(_tf_configs(num_workers)):
+            try:
+                worker = _Worker(
+                    index, command, tf_config, self._grace_seconds, self._write
+                )
+            except OSError as error:
+                self._end(
+                    signal.SIGTERM,
+                    127,
+                    f"cannot start {command[0]!r}: {error.strerror}. "
+                    "Check the command and its path.",
+                )
+                return
+            self._workers.append(worker)
+            self._tell_guard()
+            self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+
+    def wait(self, signums: deque[int]) -> int:
+        """Waits until no worker runs, and returns the exit code of the launcher."""
+        while self._workers:
+            for key, _ in self._selector.select(_POLL_SECONDS):
+                if not key.data.print_output():
+                    self._selector.unregister(key.fileobj)
+            while signums:
+                signum = signums.popleft()
+                self._end(signum, 128 + signum, f"received {_describe(signum)}")
+            for worker in list(self._workers):
+                code = worker.process.poll()
+                if code and not self._exit_code:
+                    self._end(signal.SIGTERM, *_explain(worker.index, code))
+                if not worker.is_running():
+                    self._remove(worker)
+        if self._reason:
+            self._write(f"[launch] {self._reason}\n")
+        if self._write_error:
+            raise self._write_error
+        return self._exit_code
+
+    def _write(self, text: str) -> None:
+        """Writes to the output; if that fails (terminal gone), ends all workers."""
+        if self._write_error:
+            return
+        try:
+            self._output.write(text)
+            self._output.flush()
+        except OSError as error:
+            self._write_error = error
+            self._end(signal.SIGTERM, 1, "cannot write the output")
+
+    def _end(self, signum: int, exit_code: int, reason: str) -> None:
+        """Ends all workers; the first exit code and reason are kept."""
+        if not self._exit_code:
+            self._exit_code, self._reason = exit_code, reason
+        for worker in self._workers:
+            worker.end(signum)
+
+    def _remove(self, worker: _Worker) -> None:
+        self._workers.remove(worker)
+        self._tell_guard()
+        worker.print_output(final=True)
+        stdout = worker.process.stdout
+        if stdout in self._selector.get_map():
+            self._selector.unregister(stdout)
+        stdout.close()
+
+    def _tell_guard(self) -> None:
+        groups = " ".join(str(worker.process.pid) for worker in self._workers)
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.write(f"{groups}\n".encode())
+
+
+@contextlib.contextmanager
+def _record_signals() -> Iterator[deque[int]]:
+    """Collects the signals to hand on, except those that are ignored (`nohup`)."""
+    signums: deque[int] = deque()
+    handlers = {
+        signum: signal.signal(signum, lambda signum, _: signums.append(signum))
+        for signum in _HANDED_ON
+        if signal.getsignal(signum) is not signal.SIG_IGN
+    }
+    try:
+        yield signums
+    finally:
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+
+
+def _tf_configs(num_workers: int) -> list[str]:
+    """Returns the `TF_CONFIG` of each worker of a cluster on free loopback ports."""
+    with contextlib.ExitStack() as stack:
+        # All sockets stay open until the last is bound, so that no port comes twice.
+        sockets = [stack.enter_context(socket.socket()) for _ in range(num_workers)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in sockets]
+    return [
+        json.dumps(
+            {
+                "cluster": {"worker": addresses},
+                "task": {"type": "worker", "index": index},
+            }
+        )
+        for index in range(num_workers)
+    ]
+
+
+def _explain(index: int, returncode: int) -> tuple[int, str]:
+    """Returns the launcher's exit code for a failed worker, and what happened."""
+    if returncode < 0:
+        return 128 - returncode, f"worker {index} was ended by {_describe(-returncode)}"
+    return returncode, f"worker {index} failed with exit code {returncode}"
+
+
+def _describe(signum: int) -> str:
+    return f"signal {signum} ({signal.strsignal(signum)})"
+
+
+def main(argv: Sequence[str]) -> int:
+    """Launches the command that follows `--` in `argv`."""
+    command = argv[1:]
+    if not command:
+        raise app.UsageError(
+            f"Expected a command after `--`, but there is none. Example:\n  {_EXAMPLE}"
+        )
+    # A worker may print what the terminal cannot show; that must not end the run.
+    sys.stdout.reconfigure(errors="backslashreplace")
+    return launch(command, _NUM_WORKERS.value, _GRACE_SECONDS.value)
+
+
+if __name__ == "__main__":
+    app.run(main)

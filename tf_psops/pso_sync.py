@@ -1,0 +1,192 @@
+"""The Keras callback that synchronises a swarm."""
+
+import time
+
+import keras
+import tensorflow as tf
+
+from tf_psops import rules, synchronizer
+from tf_psops import strategy as strategy_lib
+
+_POLICIES = ("average", "local")
+
+
+class PSOSync(keras.callbacks.Callback):
+    """Moves the particles of a `SwarmStrategy` every `sync_every` local steps.
+
+    At a synchronisation every particle brings its position (its trainable weights)
+    and its fitness (its own mean training loss since the last synchronisation), and
+    a rule moves it. A last synchronisation closes training: `fit` leaves one agreed
+    model on every replica of every worker.
+
+    All workers must use it with the same arguments, and must train for the same
+    number of steps.
+
+    Args:
+        sync_every: The synchronisation interval in local steps (mini-batches), at
+            least 1; with `steps_per_execution` above 1 a multiple of that.
+        rule: How the particles move, a `tf_psops.Rule`. Defaults to
+            `tf_psops.ParticleSwarm()`.
+        non_trainable: What happens to float state that training updates without
+            gradients, such as BatchNormalization's moving statistics, at a
+            synchronisation: "average" averages it over the swarm, "local" leaves it
+            to each particle until training closes, which averages it. Integer state,
+            such as random seeds, stays local. Defaults to "average".
+        optimizer_slots: What happens to the optimizer's slots, such as momentum:
+            "local" leaves them to each particle, "average" averages them, at the
+            cost of as much traffic again for each slot. Defaults to "local".
+
+    Attributes:
+        num_syncs: Synchronisations since training began.
+        sync_seconds: Wall seconds that this worker spent in them, waiting included.
+        fitness: NumPy array [W], every particle's mean training loss before the
+            last synchronisation; infinite for a particle out of order.
+
+    Raises:
+        ValueError: If an argument is out of its range; when training begins, if the
+            model was not made in the scope of a `SwarmStrategy`; and during
+            training, if a synchronisation does not fall on the end of an execution
+            of `steps_per_execution` steps.
+        FloatingPointError: During training, if no particle is in good health.
+        RuntimeError: During training, if the workers are not at the same step.
+
+    Example:
+
+    ```python
+    strategy = tf_psops.SwarmStrategy.in_process(4)
+    with strategy.scope():
+        model = make_model()
+        model.compile(optimizer=keras.optimizers.SGD(0.05), loss="mse")
+    model.fit(dataset, epochs=3, callbacks=[tf_psops.PSOSync(10)])
+    ```
+    """
+
+    def __init__(
+        self, sync_every, rule=None, non_trainable="average", optimizer_slots="local"
+    ):
+        super().__init__()
+        if (
+            isinstance(sync_every, bool)
+            or not isinstance(sync_every, int)
+            or sync_every < 1
+        ):
+            raise ValueError(
+                "Invalid value for argument `sync_every`. Expected a whole number of "
+                f"local steps, at least 1. Received: sync_every={sync_every!r}."
+            )
+        rule = rules.ParticleSwarm() if rule is None else rule
+        if not isinstance(rule, rules.Rule):
+            raise ValueError(
+                "Invalid value for argument `rule`. Expected a `tf_psops.Rule`, such "
+                f"as tf_psops.ParticleSwarm(). Received: rule={rule!r}."
+            )
+        if rule.exchange not in ("best", "mean"):
+            raise ValueError(
+                "Invalid value for argument `rule`. Expected its attribute `exchange` "
+                f"to be 'best' or 'mean'. Received: {rule.exchange!r}."
+            )
+        for name, value in (
+            ("non_trainable", non_trainable),
+            ("optimizer_slots", optimizer_slots),
+        ):
+            if value not in _POLICIES:
+                raise ValueError(
+                    f"Invalid value for argument `{name}`. Expected one of "
+                    f"{_POLICIES}. Received: {name}={value!r}."
+                )
+        self.sync_every = sync_every
+        self.rule = rule
+        self.non_trainable = non_trainable
+        self.optimizer_slots = optimizer_slots
+        self.sync_seconds = 0.0
+        self.fitness = None
+        self._synchronizer = None
+        self._synchronized = None
+        self._steps = 0
+        self._steps_in_epoch = 0
+        self._synced_steps = 0
+
+    @property
+    def num_syncs(self):
+        return self._synchronizer.num_syncs if self._synchronizer else 0
+
+    def set_model(self, model):
+        super().set_model(model)
+        strategy = model.distribute_strategy
+        if not isinstance(strategy, strategy_lib.SwarmStrategy):
+            raise ValueError(
+                "PSOSync needs a model made and compiled in the scope of a "
+                "`tf_psops.SwarmStrategy`. Received a model under "
+                f"{type(strategy).__name__}. Write `strategy = "
+                "tf_psops.SwarmStrategy()` (or SwarmStrategy.in_process(4)), and make "
+                "and compile the model inside `with strategy.scope():`."
+            )
+
+    def on_train_begin(self, logs=None):
+        every, per_execution = self.sync_every, self.model.steps_per_execution
+        if every % per_execution:
+            raise ValueError(
+                f"sync_every={every} is not a multiple of steps_per_execution="
+                f"{per_execution}: Keras runs {per_execution} steps at a time, so a "
+                f"synchronisation after {every} steps cannot be hit. Choose "
+                "`sync_every` as a multiple of `steps_per_execution`."
+            )
+        self._check_optimizer()
+        # A later `fit` of the same compiled model goes on with what was traced.
+        compiled = (self.model, self.model.optimizer, self.model.metrics[0])
+        if self._synchronized != compiled:
+            self._synchronized = compiled
+            self._synchronizer = synchronizer.Synchronizer(
+                self.model.distribute_strategy,
+                self.model,
+                self.rule,
+                average_non_trainable=self.non_trainable == "average",
+                average_slots=self.optimizer_slots == "average",
+            )
+            self.model.make_train_function(force=True)
+        self._synchronizer.begin()
+        self.sync_seconds = 0.0
+        self._steps = self._synced_steps = 0
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._steps_in_epoch = 0
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self.model.steps_per_execution == 1:
+            self._steps += batch + 1 - self._steps_in_epoch
+            self._steps_in_epoch = batch + 1
+        else:
+            # The last execution of an epoch may hold fewer steps than `batch` says.
+            self._steps = self._synchronizer.local_steps()
+        due = self._synced_steps + self.sync_every
+        if self._steps > due:
+            raise ValueError(
+                f"sync_every={self.sync_every} cannot be kept with "
+                f"steps_per_execution={self.model.steps_per_execution}: local step "
+                f"{due} fell inside an execution that ended at step {self._steps}. "
+                "Give each epoch a multiple of `steps_per_execution` steps, or set "
+                "steps_per_execution=1."
+            )
+        if self._steps == due:
+            self._synchronize()
+
+    def on_train_end(self, logs=None):
+        if self._steps > self._synced_steps:
+            self._synchronize()
+        self._synchronizer.close()
+
+    def _synchronize(self):
+        start = time.perf_counter()
+        self.fitness = self._synchronizer.synchronize()
+        self.sync_seconds += time.perf_counter() - start
+        self._synced_steps = self._steps
+
+    def _check_optimizer(self):
+        iterations = self.model.optimizer.iterations
+        if not isinstance(iterations.value, tf.distribute.DistributedValues):
+            raise ValueError(
+                "PSOSync needs an optimizer made in the scope of the SwarmStrategy. "
+                f"Received: {type(self.model.optimizer).__name__}, made outside of it. "
+                "Make the optimizer, and compile the model, inside `with "
+                "strategy.scope():`."
+            )

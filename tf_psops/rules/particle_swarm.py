@@ -1,0 +1,138 @@
+"""Particle Swarm Optimisation of the weights, as PSO-PS puts it.
+
+PSO-PS (arXiv 2009.03816) moves the weights of all workers by a Particle Swarm
+Optimisation step where parameter averaging would average them. The step is that
+of Kennedy & Eberhart ("Particle Swarm Optimization", ICNN 1995) with the inertia
+of Shi & Eberhart ("A modified particle swarm optimizer", ICEC 1998):
+
+    v <- w*v + c1*r1*(p - x) + c2*r2*(g - x)
+    x <- x + v
+
+x position, v velocity, p personal best, g global best, w inertia, c1 cognitive,
+c2 social, and r1, r2 random factors from U(0, 1).
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from tf_psops.rules.rule import Offer, Rule
+
+
+class ParticleSwarmState(NamedTuple):
+    """What one particle remembers.
+
+    Attributes:
+        velocity: [P], how the last synchronisation moved it.
+        best_position: [P], its personal best.
+        best_fitness: Scalar, the fitness there, infinite before the first one.
+    """
+
+    velocity: tf.Tensor
+    best_position: tf.Tensor
+    best_fitness: tf.Tensor
+
+
+class ParticleSwarm(Rule):
+    """Moves every particle by its velocity, its personal best and the global best.
+
+    Between two synchronisations local training moves the particle as well, so the
+    constants of plain PSO (w=0.73, c1=c2=1.5) diverge here; the defaults are small.
+    A particle whose fitness is not finite never becomes a best.
+
+    Args:
+        inertia: w, from 0 to below 1. Defaults to 0.3.
+        cognitive: c1, at least 0. Defaults to 0.5.
+        social: c2, at least 0. Defaults to 0.5.
+        take: Where a particle goes on from: "own", its own moved position, which
+            keeps the swarm diverse, or "global_best", the same for all. Defaults
+            to "own".
+        seed: Seed of the random factors, one r1 and one r2 for each weight tensor
+            of each particle at each synchronisation. Defaults to 0.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    rule = tf_psops.ParticleSwarm(inertia=0.2, cognitive=0.4, social=0.6)
+    model.fit(dataset, callbacks=[tf_psops.PSOSync(10, rule)])
+    ```
+    """
+
+    exchange = "best"
+
+    def __init__(self, inertia=0.3, cognitive=0.5, social=0.5, take="own", seed=0):
+        if not 0 <= inertia < 1:
+            raise ValueError(
+                "Invalid value for argument `inertia`. Expected a number from 0 to "
+                f"below 1. Received: inertia={inertia!r}."
+            )
+        for name, value in (("cognitive", cognitive), ("social", social)):
+            if not 0 <= value < float("inf"):
+                raise ValueError(
+                    f"Invalid value for argument `{name}`. Expected a finite number of "
+                    f"at least 0. Received: {name}={value!r}."
+                )
+        if take not in ("own", "global_best"):
+            raise ValueError(
+                "Invalid value for argument `take`. Expected 'own' or 'global_best'. "
+                f"Received: take={take!r}."
+            )
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(
+                "Invalid value for argument `seed`. Expected a whole number. "
+                f"Received: seed={seed!r}."
+            )
+        self.inertia = inertia
+        self.cognitive = cognitive
+        self.social = social
+        self.take = take
+        self.seed = seed
+
+    def init(self, position):
+        """Returns the state of a particle at rest that has no personal best yet."""
+        return ParticleSwarmState(
+            velocity=tf.zeros_like(position),
+            best_position=tf.identity(position),
+            best_fitness=tf.constant(float("inf"), position.dtype),
+        )
+
+    def offer(self, state, position, fitness):
+        """Returns the state with its personal best renewed, and that best."""
+        fitness = tf.cast(fitness, position.dtype)
+        better = tf.math.is_finite(fitness) & (fitness < state.best_fitness)
+        state = state._replace(
+            best_position=tf.where(better, position, state.best_position),
+            best_fitness=tf.where(better, fitness, state.best_fitness),
+        )
+        return state, Offer(state.best_position, state.best_fitness)
+
+    def factors(self, news, num_tensors):
+        """Returns the random factors r1 and r2, [2, num_tensors], each from U(0, 1).
+
+        They depend on (seed, sync, particle) alone, so a run repeats bit for bit.
+        """
+        key = tf.constant([self.seed & 0x7FFFFFFF, 0x5350534F], tf.int32)
+        key = tf.random.experimental.stateless_fold_in(key, news.sync, alg="philox")
+        key = tf.random.experimental.stateless_fold_in(key, news.particle, alg="philox")
+        return tf.random.stateless_uniform([2, num_tensors], key, alg="philox")
+
+    def move(self, state, position, news, sizes):
+        """Returns the state and position after one PSO step; see `Rule.move`."""
+        factors = tf.cast(self.factors(news, len(sizes)), position.dtype)
+        velocity = (
+            self.inertia * state.velocity
+            + _spread(self.cognitive * factors[0], sizes)
+            * (state.best_position - position)
+            + _spread(self.social * factors[1], sizes) * (news.vector - position)
+        )
+        moved = news.vector if self.take == "global_best" else position + velocity
+        return state._replace(velocity=velocity), moved
+
+
+def _spread(factors, sizes):
+    """Returns a vector, [P], with each tensor's factor at all its elements."""
+    parts = [tf.fill([size], factors[i]) for i, size in enumerate(sizes)]
+    return tf.concat(parts, axis=0)

@@ -1,0 +1,117 @@
+"""The protocol between a synchronisation rule and the swarm that it moves.
+
+A rule is pure: functions of tensors, the same on every particle, with no word of
+devices, workers or Keras. A position is the model's trainable weights as one flat
+float vector of P elements. At a synchronisation
+
+  1. every particle makes an `Offer` from its own position and fitness;
+  2. one vector travels: the offer with the lowest score (`exchange = "best"`), or
+     the mean of the offers of all particles in good health (`exchange = "mean"`);
+  3. every particle moves by that vector, which it gets as `News`.
+"""
+
+from typing import Any, NamedTuple
+
+import tensorflow as tf
+
+
+class Offer(NamedTuple):
+    """What one particle brings to a synchronisation.
+
+    Attributes:
+        vector: [P], what may travel to all particles.
+        score: Scalar. With `exchange = "best"` the lowest finite score of the swarm
+            travels, ties going to the particle of the lowest index. A particle that
+            offers the same score twice running must offer the same vector: it is
+            then not sent again.
+    """
+
+    vector: tf.Tensor
+    score: tf.Tensor
+
+
+class News(NamedTuple):
+    """What one particle learns at a synchronisation.
+
+    Attributes:
+        vector: [P], the best offer of the swarm, or the mean of all offers.
+        fitness: [W], the training loss of every particle since the last
+            synchronisation, infinite for a particle that is out of order.
+        particle: Scalar int32, the index of this particle, 0 to W - 1.
+        sync: Scalar int32, the number of this synchronisation, from 0.
+    """
+
+    vector: tf.Tensor
+    fitness: tf.Tensor
+    particle: tf.Tensor
+    sync: tf.Tensor
+
+
+class Rule:
+    """How the particles of a swarm move at a synchronisation.
+
+    A rule of one's own is a subclass with `exchange` and `move`, and what else it
+    needs of the other functions. All of them are compiled by XLA: they take and
+    return tensors of fixed shapes. A state is a `NamedTuple` of tensors.
+
+    Example:
+
+    ```python
+    class HalfWay(tf_psops.Rule):
+        \"\"\"Moves every particle half-way to the mean.\"\"\"
+
+        exchange = "mean"
+
+        def move(self, state, position, news, sizes):
+            return state, 0.5 * (position + news.vector)
+
+    model.fit(dataset, callbacks=[tf_psops.PSOSync(10, HalfWay())])
+    ```
+    """
+
+    exchange = "mean"
+    """Which vector travels: "best" or "mean"."""
+
+    def init(self, position) -> Any:
+        """Returns a particle's state before the first synchronisation.
+
+        Args:
+            position: [P], the weights that all particles start from.
+        """
+        del position
+        return ()
+
+    def offer(self, state, position, fitness) -> tuple[Any, Offer]:
+        """Returns a particle's new state and what it brings to a synchronisation.
+
+        Args:
+            state: The particle's state.
+            position: [P], where local training has led the particle.
+            fitness: Scalar, the particle's mean training loss since the last
+                synchronisation; infinite where the loss or a weight was not finite.
+        """
+        return state, Offer(position, fitness)
+
+    def move(self, state, position, news: News, sizes) -> tuple[Any, tf.Tensor]:
+        """Returns a particle's new state and its new position, [P].
+
+        Args:
+            state: The particle's state, as `offer` left it.
+            position: [P], where local training has led the particle.
+            news: What the particle learns.
+            sizes: Tuple of ints that add up to P: the number of elements of each
+                weight tensor in the position, in order.
+        """
+        raise NotImplementedError
+
+    def agreed(self, state, vector) -> tf.Tensor:
+        """Returns the position, [P], that stands for the whole swarm.
+
+        It must be the same on every particle: training ends with it.
+
+        Args:
+            state: The particle's state, as `move` left it.
+            vector: [P], the vector that travelled last.
+        """
+        del state
+        return vector

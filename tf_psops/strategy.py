@@ -1,0 +1,182 @@
+"""The strategy whose replicas are the particles of a swarm."""
+
+import weakref
+
+import keras
+import tensorflow as tf
+
+from tf_psops import _private_api, cluster
+
+
+class SwarmStrategy(tf.distribute.Strategy):
+    """Trains every replica apart from the others: each is one particle of a swarm.
+
+    It is `tf.distribute.MultiWorkerMirroredStrategy` without the mirror: the same
+    `TF_CONFIG` cluster and the same sharding of a global batch over the replicas,
+    but every replica has its own weights, optimizer slots and non-trainable state,
+    and its gradients never leave it. All replicas start from the chief's weights;
+    only the random layers (dropout, augmentation) differ from replica to replica.
+    Between two synchronisations by `tf_psops.PSOSync` no collective runs, except
+    where Keras itself asks for a number of the whole swarm: the metrics at the end
+    of an epoch and of an evaluation.
+
+    A variable read outside the replicas gives the copy of the worker's first
+    replica, without asking another worker.
+
+    Args:
+        devices: The local devices, one particle on each, such as
+            `["GPU:0", "GPU:1"]`. Defaults to all GPUs of the worker, or one CPU.
+        cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`.
+            Defaults to one that reads `TF_CONFIG`; without `TF_CONFIG` the swarm
+            lives in this process.
+        communication_options: A `tf.distribute.experimental.CommunicationOptions`:
+            its implementation (ring, NCCL) and its time-out hold for all
+            collectives. Defaults to automatic, without a time-out.
+        startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
+
+    Raises:
+        ValueError: If `TF_CONFIG`, `devices` or `startup_timeout` is not usable.
+        TimeoutError: If a worker has not started after `startup_timeout` seconds.
+
+    Example:
+
+    ```python
+    strategy = tf_psops.SwarmStrategy()
+    with strategy.scope():
+        model = make_model()
+        model.compile(optimizer=keras.optimizers.SGD(0.05), loss="mse")
+    model.fit(dataset, callbacks=[tf_psops.PSOSync(10)])
+    ```
+    """
+
+    def __init__(
+        self,
+        devices=None,
+        cluster_resolver=None,
+        communication_options=None,
+        startup_timeout=300.0,
+    ):
+        _check_devices(devices)
+        if not startup_timeout > 0:
+            raise ValueError(
+                "Invalid value for argument `startup_timeout`. Expected a number of "
+                f"seconds above 0. Received: startup_timeout={startup_timeout!r}."
+            )
+        if cluster_resolver is None:
+            cluster.read_tf_config()
+            cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+        if communication_options is None:
+            communication_options = tf.distribute.experimental.CommunicationOptions()
+        self._observers = weakref.WeakKeyDictionary()
+        try:
+            extended = _private_api.SwarmExtended(
+                self, devices, cluster_resolver, communication_options, startup_timeout
+            )
+        except (tf.errors.DeadlineExceededError, tf.errors.UnavailableError) as error:
+            raise TimeoutError(
+                f"Not all workers started within startup_timeout={startup_timeout} "
+                f"seconds. Expected every worker of TF_CONFIG's cluster "
+                f"({cluster_resolver.cluster_spec().as_dict()}) to run and to be "
+                "reachable. Start the missing ones, or wait longer with "
+                f"`startup_timeout`. TensorFlow said: {error}"
+            ) from error
+        super().__init__(extended)
+        self.communication_options = communication_options
+
+    @classmethod
+    def in_process(cls, num_particles, **kwargs):
+        """Makes a swarm of particles inside this process, on logical CPU devices.
+
+        It must come before anything else initialises TensorFlow's devices, unless
+        there are enough logical CPU devices already. For GPUs use
+        `SwarmStrategy(devices=["GPU:0", "GPU:1"])`.
+
+        Args:
+            num_particles: How many particles, at least 1.
+            **kwargs: Further arguments of `SwarmStrategy`.
+
+        Returns:
+            A `SwarmStrategy` with `num_particles` replicas.
+
+        Raises:
+            ValueError: If `num_particles` is not a whole number of at least 1.
+            RuntimeError: If TensorFlow is initialised with fewer CPU devices.
+
+        Example:
+
+        ```python
+        strategy = tf_psops.SwarmStrategy.in_process(4)
+        ```
+        """
+        if not isinstance(num_particles, int) or num_particles < 1:
+            raise ValueError(
+                "Invalid value for argument `num_particles`. Expected a whole number "
+                f"of at least 1. Received: num_particles={num_particles!r}."
+            )
+        cpu = tf.config.list_physical_devices("CPU")[0]
+        logical = [tf.config.LogicalDeviceConfiguration()] * num_particles
+        try:
+            tf.config.set_logical_device_configuration(cpu, logical)
+        except RuntimeError as error:  # TensorFlow's devices are initialised.
+            available = len(tf.config.list_logical_devices("CPU"))
+            if available < num_particles:
+                raise RuntimeError(
+                    f"in_process(num_particles={num_particles}) needs {num_particles} "
+                    "logical CPU devices, but TensorFlow is already initialised with "
+                    f"{available}. Call SwarmStrategy.in_process before anything that "
+                    "makes a tensor, a variable or a model, or set the devices first "
+                    "with tf.config.set_logical_device_configuration."
+                ) from error
+        return cls(devices=[f"CPU:{i}" for i in range(num_particles)], **kwargs)
+
+    @property
+    def num_workers(self):
+        """Returns the number of worker processes, 1 for a swarm in one process."""
+        return self.extended.num_workers
+
+    @property
+    def worker_index(self):
+        """Returns this worker's place in the cluster; the chief has 0."""
+        return self.extended.worker_index
+
+    def observe(self, model, observer):
+        """Wraps a model's training step on every replica.
+
+        Args:
+            model: The `keras.Model` that was made in this strategy's scope.
+            observer: A function that takes the train step (a function of one
+                batch) and returns the function to run in its place, or `None` to
+                stop observing. It counts for train functions traced from now on.
+        """
+        self._observers[model] = observer
+
+    def run(self, fn, args=(), kwargs=None, options=None):
+        """Runs `fn` on every replica; see `tf.distribute.Strategy.run`."""
+        model = getattr(fn, "__self__", None)
+        if isinstance(model, keras.Model) and fn.__name__ == "train_step":
+            observer = self._observers.get(model)
+            if observer is not None:
+                fn = observer(fn)
+        return super().run(fn, args=args, kwargs=kwargs, options=options)
+
+    def reduce(self, reduce_op, value, axis):
+        """Reduces a value, or a nest of values, over all replicas of all workers."""
+        reduce_one = super().reduce
+        return tf.nest.map_structure(lambda v: reduce_one(reduce_op, v, axis), value)
+
+
+def _check_devices(devices):
+    if devices is None:
+        return
+    expected = (
+        "Expected a list of different local devices of one type, such as "
+        f"['GPU:0', 'GPU:1']. Received: devices={devices!r}."
+    )
+    try:
+        specs = [tf.DeviceSpec.from_string(device) for device in devices]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"Invalid value for argument `devices`. {expected}") from error
+    kinds = {spec.device_type for spec in specs}
+    indices = {spec.device_index for spec in specs}
+    if len(kinds) != 1 or None in kinds | indices or len(indices) != len(specs):
+        raise ValueError(f"Invalid value for argument `devices`. {expected}")

@@ -1,0 +1,288 @@
+"""One synchronisation: what all particles bring, what travels, where they move."""
+
+import tensorflow as tf
+
+from tf_psops import _private_api, collectives, ledger
+from tf_psops.rules import rule as rule_lib
+
+# The calls of `Collectives`.
+_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _CLOSE = range(5)
+
+
+class Synchronizer:
+    """Moves the particles of a swarm by a rule.
+
+    All workers must take part in `begin`, `synchronize` and `close`.
+
+    Args:
+        strategy: A `SwarmStrategy`.
+        model: The compiled and built `keras.Model` that was made in its scope.
+        rule: A `Rule`.
+        average_non_trainable: Whether non-trainable state is averaged.
+        average_slots: Whether the optimizer's slots are averaged.
+    """
+
+    def __init__(self, strategy, model, rule, average_non_trainable, average_slots):
+        self._rule = rule
+        self._devices = strategy.extended.worker_devices
+        self._collectives = collectives.Collectives(
+            self._devices,
+            strategy.num_workers,
+            strategy.worker_index,
+            strategy.communication_options,
+        )
+        self._ledger = ledger.Ledger(strategy, model)
+        state = _private_api.updated_state(model)
+        slots = _slots(model.optimizer)
+        self._weights = _Packing(strategy, model.trainable_variables)
+        self._start = _Packing(strategy, [*model.trainable_variables, *state])
+        self._averaged = _Packing(
+            strategy,
+            (state if average_non_trainable else []) + (slots if average_slots else []),
+        )
+        self._left_apart = _Packing(strategy, [] if average_non_trainable else state)
+        self._rule_state, self._vector = self._make_state(strategy)
+        self._offer = tf.function(self._rule.offer, jit_compile=True)
+        self._move = tf.function(self._rule_move, jit_compile=True)
+        self._sent = None
+        self.num_syncs = 0
+        self.bytes_sent = 0
+
+    @property
+    def num_particles(self):
+        """Returns W, the number of particles on all workers."""
+        return self._collectives.num_particles
+
+    def local_steps(self):
+        """Returns the local steps of this worker's first particle, an int."""
+        return int(self._ledger.steps(0))
+
+    def begin(self):
+        """Puts all particles on the first one's position, at rest."""
+        self._begin()
+        self._sent = None
+        self.num_syncs = 0
+
+    def close(self):
+        """Puts all particles on the position that stands for the swarm."""
+        self._close()
+
+    def synchronize(self):
+        """Moves all particles once.
+
+        Returns:
+            The fitness of every particle, a NumPy array [W].
+
+        Raises:
+            FloatingPointError: If no particle is in good health.
+            RuntimeError: If the particles are not at the same step.
+        """
+        table, positions, offers = self._report()
+        fitness, scores, steps = table.numpy().T
+        if steps.min() != steps.max():
+            raise RuntimeError(
+                f"The particles met for synchronisation {self.num_syncs} after "
+                f"different numbers of local steps: {steps.astype(int).tolist()}, in "
+                "the order of the particles. Expected the same number. Give every "
+                "worker a dataset of as many batches, and the same `sync_every`."
+            )
+        healthy = tf.math.is_finite(fitness)
+        if not healthy.numpy().any():
+            raise FloatingPointError(
+                f"No particle has a finite training loss and finite weights at "
+                f"synchronisation {self.num_syncs}. Received the losses "
+                f"{table[:, 0].numpy().tolist()}. Lower the learning rate, or clip the "
+                "gradients."
+            )
+        root = int(scores.argmin())
+        news = (root, float(scores[root]))
+        self._exchange(
+            positions,
+            offers,
+            table[:, 0],
+            tf.constant(root),
+            tf.constant(news != self._sent),
+            tf.constant(self.num_syncs),
+        )
+        self._sent = news
+        self.num_syncs += 1
+        return fitness
+
+    def _make_state(self, strategy):
+        """Returns the local replicas' rule states and last travelled vectors."""
+        position = tf.zeros([self._weights.size], self._weights.dtype)
+        with strategy.scope():
+            state = tf.nest.map_structure(
+                lambda value: tf.Variable(tf.zeros_like(value), trainable=False),
+                self._rule.init(position),
+            )
+            vector = tf.Variable(position, trainable=False)
+        local = [
+            tf.nest.map_structure(
+                lambda variable, replica=replica: strategy.experimental_local_results(
+                    variable
+                )[replica],
+                state,
+            )
+            for replica in range(len(self._devices))
+        ]
+        return local, strategy.experimental_local_results(vector)
+
+    @tf.function(autograph=False)
+    def _begin(self):
+        starts = self._collectives.broadcast(
+            self._on_devices(self._start.pack), tf.constant(0), _BEGIN
+        )
+
+        def begin(replica):
+            self._start.unpack(replica, starts[replica])
+            position = starts[replica][: self._weights.size]
+            self._vector[replica].assign(position)
+            _assign(self._rule_state[replica], self._rule.init(position))
+            self._ledger.begin(replica)
+
+        self._on_devices(begin)
+
+    @tf.function(autograph=False)
+    def _report(self):
+        """Returns a table of fitness, score and steps, [W, 3], positions and offers."""
+
+        def report(replica):
+            position = self._weights.pack(replica)
+            loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
+            sound = tf.math.is_finite(loss) & tf.reduce_all(tf.math.is_finite(position))
+            fitness = tf.where(sound, loss, float("inf"))
+            state, offer = self._offer(self._rule_state[replica], position, fitness)
+            _assign(self._rule_state[replica], state)
+            score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
+            steps = tf.cast(self._ledger.steps(replica), tf.float64)
+            row = [tf.cast(fitness, tf.float64), tf.cast(score, tf.float64), steps]
+            return tf.stack(row), position, offer.vector
+
+        rows, positions, offers = zip(*self._on_devices(report))
+        return self._collectives.gather(rows, _REPORT), positions, offers
+
+    @tf.function(autograph=False)
+    def _exchange(self, positions, offers, fitness, root, is_news, sync):
+        """Lets one vector travel and moves the local particles by it."""
+        healthy = tf.math.is_finite(fitness)
+        extras = self._on_devices(self._averaged.pack)
+        if self._rule.exchange == "mean":
+            both = [tf.concat(pair, axis=0) for pair in zip(offers, extras)]
+            both = self._collectives.mean(both, healthy, _EXCHANGE)
+            vectors = [vector[: self._weights.size] for vector in both]
+            extras = [vector[self._weights.size :] for vector in both]
+        else:
+            vectors = tf.cond(
+                is_news,
+                lambda: self._collectives.broadcast(offers, root, _EXCHANGE),
+                lambda: [tf.identity(vector) for vector in self._vector],
+            )
+            if self._averaged.size:
+                extras = self._collectives.mean(extras, healthy, _AVERAGE)
+
+        def move(replica):
+            self._vector[replica].assign(vectors[replica])
+            self._averaged.unpack(replica, extras[replica])
+            news = rule_lib.News(
+                vector=vectors[replica],
+                fitness=tf.cast(fitness, self._weights.dtype),
+                particle=self._collectives.first_particle + replica,
+                sync=sync,
+            )
+            state, position = self._move(
+                self._rule_state[replica], positions[replica], news
+            )
+            _assign(self._rule_state[replica], state)
+            self._weights.unpack(replica, position)
+            self._ledger.close(replica)
+
+        self._on_devices(move)
+
+    @tf.function(autograph=False)
+    def _close(self):
+        if self._left_apart.size:
+            states = self._collectives.mean(
+                self._on_devices(self._left_apart.pack),
+                tf.fill([self.num_particles], True),
+                _CLOSE,
+            )
+
+        def close(replica):
+            agreed = self._rule.agreed(self._rule_state[replica], self._vector[replica])
+            self._weights.unpack(replica, agreed)
+            if self._left_apart.size:
+                self._left_apart.unpack(replica, states[replica])
+
+        self._on_devices(close)
+
+    def _rule_move(self, state, position, news):
+        state, moved = self._rule.move(state, position, news, self._weights.sizes)
+        if moved.shape != position.shape:
+            raise ValueError(
+                f"{type(self._rule).__name__}.move must return a position of the "
+                f"shape of the one it was given, {position.shape}. Received a tensor "
+                f"of shape {moved.shape}."
+            )
+        return state, moved
+
+    def _on_devices(self, function):
+        results = []
+        for replica, device in enumerate(self._devices):
+            with tf.device(device):
+                results.append(function(replica))
+        return results
+
+
+class _Packing:
+    """Packs variables of one replica into a flat vector and back.
+
+    Attributes:
+        sizes: The number of elements of each variable, in order.
+        size: Their sum.
+        dtype: float64 if any variable has it, else float32.
+    """
+
+    def __init__(self, strategy, variables):
+        self.sizes = tuple(int(tf.size(v.value)) for v in variables)
+        self.size = sum(self.sizes)
+        doubles = any(v.dtype == "float64" for v in variables)
+        self.dtype = tf.float64 if doubles else tf.float32
+        self._variables = list(
+            zip(*(strategy.experimental_local_results(v.value) for v in variables))
+        )
+
+    def pack(self, replica):
+        """Returns the replica's variables as one vector, [size]."""
+        if not self.size:
+            return tf.zeros([0], self.dtype)
+        return tf.concat(
+            [
+                tf.cast(tf.reshape(variable, [-1]), self.dtype)
+                for variable in self._variables[replica]
+            ],
+            axis=0,
+        )
+
+    def unpack(self, replica, vector):
+        """Assigns a vector, [size], to the replica's variables."""
+        if not self.size:
+            return
+        for variable, part in zip(
+            self._variables[replica], tf.split(vector, self.sizes)
+        ):
+            variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
+
+
+def _assign(variables, values):
+    tf.nest.map_structure(lambda variable, v: variable.assign(v), variables, values)
+
+
+def _slots(optimizer):
+    """Returns the optimizer's slots: its float variables but the learning rate."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    return [
+        variable
+        for variable in optimizer.variables
+        if tf.as_dtype(variable.dtype).is_floating and variable.name != "learning_rate"
+    ]

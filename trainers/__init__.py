@@ -1,0 +1,1 @@
+"""Data, models and programs that train with the strategies of tf_psops."""
