@@ -1,0 +1,103 @@
+"""The loss and accuracy of each particle of a swarm, and of its agreed model."""
+
+from typing import NamedTuple
+
+import keras
+import tensorflow as tf
+
+
+class Score(NamedTuple):
+    """How well one set of weights does on a data set.
+
+    Attributes:
+        loss: Mean cross-entropy of an example.
+        accuracy: Share of the examples that are classified right, 0 to 1.
+    """
+
+    loss: float
+    accuracy: float
+
+
+def evaluate_swarm(model, dataset):
+    """Evaluates the model as it stands on this worker's first replica.
+
+    Args:
+        model: A `keras.Model` that gives logits.
+        dataset: A `tf.data.Dataset` of batches of images and labels.
+
+    Returns:
+        A `Score`; after training it is the same on every worker.
+    """
+    totals = _totals(dataset, lambda images, labels: _count(model, images, labels))
+    return _score(totals.numpy())
+
+
+def evaluate_particles(model, dataset):
+    """Evaluates every particle with its own weights, each on all the data.
+
+    All workers must call it together.
+
+    Args:
+        model: A `keras.Model` that gives logits, made under a `SwarmStrategy`.
+        dataset: A `tf.data.Dataset` of batches of images and labels.
+
+    Returns:
+        A list of `Score`, one for each particle of all workers.
+    """
+    strategy = model.distribute_strategy
+
+    def on_all_replicas(images, labels):
+        counts = strategy.run(lambda: _count(model, images, labels))
+        return tf.stack(strategy.experimental_local_results(counts))
+
+    local = _totals(dataset, on_all_replicas)
+    rows = strategy.experimental_distribute_values_from_function(
+        lambda context: local[context.replica_id_in_sync_group % len(local) :][:1]
+    )
+    return [_score(row) for row in strategy.gather(rows, axis=0).numpy()]
+
+
+class ParticleEvaluation(keras.callbacks.Callback):
+    """Evaluates every particle when training ends, before the swarm agrees.
+
+    It must stand before `PSOSync` in the list of callbacks.
+
+    Args:
+        dataset: A `tf.data.Dataset` of batches of images and labels.
+
+    Attributes:
+        scores: A list of `Score`, one for each particle.
+    """
+
+    def __init__(self, dataset):
+        super().__init__()
+        self._dataset = dataset
+        self.scores = []
+
+    def on_train_end(self, logs=None):
+        self.scores = evaluate_particles(self.model, self._dataset)
+
+
+def _totals(dataset, count):
+    """Returns the sum of `count(images, labels)` over the batches of a data set."""
+    count = tf.function(count, reduce_retracing=True, autograph=False)
+    return tf.add_n([count(images, labels) for images, labels in dataset])
+
+
+def _count(model, images, labels):
+    """Returns [sum of losses, right answers, examples] of one batch."""
+    logits = tf.cast(model(images, training=False), tf.float32)
+    losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
+    right = tf.equal(tf.argmax(logits, axis=-1, output_type=labels.dtype), labels)
+    return tf.stack(
+        [
+            tf.reduce_sum(losses),
+            tf.reduce_sum(tf.cast(right, tf.float32)),
+            tf.cast(tf.size(labels), tf.float32),
+        ]
+    )
+
+
+def _score(totals):
+    loss, right, examples = totals.tolist()
+    return Score(loss / examples, right / examples)

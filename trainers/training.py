@@ -1,0 +1,224 @@
+"""Trains an image classifier with a swarm: the function behind `trainers.train`."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from typing import NamedTuple
+
+import keras
+
+import tf_psops
+from trainers import datasets, evaluation, models
+from trainers.rules import RULES
+
+
+class Result(NamedTuple):
+    """What a training run ends with, the same on every worker.
+
+    Attributes:
+        test_accuracy: Accuracy of the swarm's agreed model on the test set, 0 to 1.
+        test_loss: Its mean cross-entropy on the test set.
+        particle_test_accuracies: The accuracy of each particle before the swarm
+            agreed on one model.
+        particle_test_losses: Their mean cross-entropies.
+        num_particles: Number of particles, on all workers.
+        num_syncs: Number of synchronisations.
+        sync_seconds: Wall seconds that this worker spent in them.
+        train_seconds: Wall seconds of `fit`, the synchronisations included.
+        steps: Local steps of each particle.
+    """
+
+    test_accuracy: float
+    test_loss: float
+    particle_test_accuracies: list[float]
+    particle_test_losses: list[float]
+    num_particles: int
+    num_syncs: int
+    sync_seconds: float
+    train_seconds: float
+    steps: int
+
+
+def train(
+    *,
+    dataset="digits",
+    data_dir=None,
+    model="lenet",
+    rule="pso",
+    sync_every=10,
+    particles=None,
+    epochs=10,
+    batch_size=32,
+    learning_rate=0.05,
+    seed=0,
+    output_dir=None,
+):
+    """Trains an image classifier with a swarm and evaluates it on the test set.
+
+    With `TF_CONFIG` set, every worker calls it with the same arguments and is one
+    particle; otherwise all particles live in this process. Training is SGD with
+    momentum 0.9. The chief shows the progress and writes the files.
+
+    Args:
+        dataset: One of `trainers.datasets.NAMES`. Defaults to "digits".
+        data_dir: Where TensorFlow Datasets keeps the other ones. Defaults to
+            `~/tensorflow_datasets`.
+        model: One of `trainers.models.NAMES`. Defaults to "lenet".
+        rule: One of `trainers.rules.RULES`. Defaults to "pso".
+        sync_every: Local steps between two synchronisations. Defaults to 10.
+        particles: Number of particles. Defaults to 4, or under `TF_CONFIG` to the
+            number of workers, the only one possible there.
+        epochs: Passes of the whole swarm over the training data. Defaults to 10.
+        batch_size: Examples per particle and step. Defaults to 32.
+        learning_rate: That of each particle. Defaults to 0.05.
+        seed: Seed of the initial weights, the order of the data and the rule.
+            Defaults to 0.
+        output_dir: Folder for `metrics.jsonl`, `result.json`, `model.keras` and
+            TensorBoard's events; made if needed. Defaults to none: no files.
+
+    Returns:
+        A `Result`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or `particles` is not the
+            number of workers.
+        OSError: If the data cannot be had, or `output_dir` cannot be written.
+
+    Example:
+
+    ```python
+    result = train(dataset="digits", particles=4, sync_every=10)
+    print(result.test_accuracy)
+    ```
+    """
+    keras.utils.set_random_seed(seed)
+    strategy = _make_strategy(particles)
+    chief = strategy.worker_index == 0
+    output = pathlib.Path(output_dir) if output_dir and chief else None
+    if output:
+        output.mkdir(parents=True, exist_ok=True)
+        write_text(output / "result.json", "{}\n")
+
+    data = datasets.load(dataset, data_dir)
+    swarm = {"num_particles": strategy.num_replicas_in_sync, "batch_size": batch_size}
+    steps = datasets.steps_per_epoch(len(data.train_labels), **swarm)
+    test = datasets.test_dataset(data, batch_size=500)
+    with strategy.scope():
+        network = models.build(
+            model, data.train_images.shape[1:], data.num_classes, seed
+        )
+        network.compile(
+            optimizer=keras.optimizers.SGD(learning_rate, momentum=0.9),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+
+    sync = tf_psops.PSOSync(sync_every, RULES[rule]())
+    particle_evaluation = evaluation.ParticleEvaluation(test)
+    callbacks = [particle_evaluation, sync]
+    if output:
+        callbacks += [
+            _MetricsLog(output / "metrics.jsonl", sync),
+            keras.callbacks.TensorBoard(output, write_graph=False),
+        ]
+    start = time.perf_counter()
+    network.fit(
+        datasets.train_dataset(data, epochs=epochs, seed=seed, **swarm),
+        epochs=epochs,
+        steps_per_epoch=steps,
+        shuffle=False,
+        callbacks=callbacks,
+        verbose=0 if not chief else 1 if sys.stdout.isatty() else 2,
+    )
+    train_seconds = time.perf_counter() - start
+
+    score = evaluation.evaluate_swarm(network, test)
+    result = Result(
+        test_accuracy=score.accuracy,
+        test_loss=score.loss,
+        particle_test_accuracies=[s.accuracy for s in particle_evaluation.scores],
+        particle_test_losses=[s.loss for s in particle_evaluation.scores],
+        num_particles=strategy.num_replicas_in_sync,
+        num_syncs=sync.num_syncs,
+        sync_seconds=sync.sync_seconds,
+        train_seconds=train_seconds,
+        steps=epochs * steps,
+    )
+    if output:
+        write_text(
+            output / "result.json", json.dumps(result._asdict(), indent=2) + "\n"
+        )
+        unfinished = output / "unfinished.keras"
+        network.save(unfinished)
+        os.replace(unfinished, output / "model.keras")
+    return result
+
+
+def format_result(result):
+    """Returns a short table of a `Result`, for people to read."""
+    rows = [
+        (f"particle {i}", loss, accuracy)
+        for i, (loss, accuracy) in enumerate(
+            zip(result.particle_test_losses, result.particle_test_accuracies)
+        )
+    ]
+    rows.append(("swarm", result.test_loss, result.test_accuracy))
+    lines = [f"{'':12} {'test loss':>10} {'test accuracy':>14}"]
+    lines += [
+        f"{name:12} {loss:10.4f} {accuracy:14.4f}" for name, loss, accuracy in rows
+    ]
+    lines.append(
+        f"{result.num_syncs} synchronisations in {result.steps} steps took "
+        f"{result.sync_seconds:.1f} of {result.train_seconds:.1f} seconds."
+    )
+    return "\n".join(lines)
+
+
+def write_text(path, text):
+    """Writes a file whole or not at all.
+
+    Args:
+        path: A `pathlib.Path`.
+        text: What the file shall hold.
+    """
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished.write_text(text)
+    os.replace(unfinished, path)
+
+
+def _make_strategy(particles):
+    if not os.environ.get("TF_CONFIG"):
+        return tf_psops.SwarmStrategy.in_process(4 if particles is None else particles)
+    strategy = tf_psops.SwarmStrategy()
+    if particles not in (None, strategy.num_replicas_in_sync):
+        raise ValueError(
+            "Invalid value for argument `particles`. Expected "
+            f"{strategy.num_replicas_in_sync}, the replicas of the workers in "
+            f"TF_CONFIG. Received: particles={particles}. Leave it out, or start "
+            "another number of workers."
+        )
+    return strategy
+
+
+class _MetricsLog(keras.callbacks.Callback):
+    """Writes the metrics of each epoch as one line of JSON."""
+
+    def __init__(self, path, sync):
+        super().__init__()
+        self._path = path
+        self._sync = sync
+
+    def on_train_begin(self, logs=None):
+        self._path.write_text("")
+
+    def on_epoch_end(self, epoch, logs=None):
+        record = {
+            "epoch": epoch,
+            **{name: float(value) for name, value in (logs or {}).items()},
+            "num_syncs": self._sync.num_syncs,
+            "sync_seconds": self._sync.sync_seconds,
+        }
+        with self._path.open("a") as file:
+            file.write(json.dumps(record) + "\n")
