@@ -12,6 +12,9 @@ Private names used, and why no public one serves:
     the time-out for a peer that never starts can be set.
 """
 
+import itertools
+
+import keras
 import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
 from tensorflow.python.distribute import (
@@ -21,6 +24,11 @@ from tensorflow.python.distribute import (
 from tensorflow.python.eager import context
 
 _SEED_STRIDE = 1_000_003
+
+# Group keys of its own for every strategy: TensorFlow takes a key for one number of
+# replicas only, and ends all collectives of the process where two strategies share
+# one. All workers make their strategies in the same order.
+_collective_key_bases = itertools.count(0, 1000)
 
 
 class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
@@ -33,10 +41,13 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         cluster_resolver,
         communication_options,
         startup_timeout,
+        share_gradients,
     ):
         self._swarm_devices = devices
+        self._share_gradients = share_gradients
         self._startup_timeout = startup_timeout
-        strategy._collective_key_base = 0  # The base class asks its strategy for it.
+        # The base class asks its strategy for it.
+        strategy._collective_key_base = next(_collective_key_bases)
         super().__init__(strategy, cluster_resolver, communication_options)
 
     # Called while `__init__` of the base class sets up the cluster.
@@ -70,6 +81,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
                 if job in cluster.jobs
             ],
         )
+        # Else the time-out is the others' alone: the chief would wait on for ever.
+        context.context().coordination_service.cluster_register_with_barrier = True
         super()._initialize_multi_worker(cluster_resolver)
 
     # Variables: one of its own for every replica.
@@ -104,6 +117,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         gradients over them; a replica of its own takes its own gradient that
         many times.
         """
+        if self._share_gradients:
+            return super()._replica_ctx_all_reduce(reduce_op, value, options)
         if reduce_op == tf.distribute.ReduceOp.SUM:
             return tf.nest.map_structure(self._times_num_replicas, value)
         return value
@@ -170,3 +185,22 @@ def updated_state(model):
         for variable in layer._non_trainable_variables
         if tf.as_dtype(variable.dtype).is_floating
     ]
+
+
+def test_loss(model, data):
+    """Returns a model's loss on one batch without training, in a replica.
+
+    `model.test_step` would disturb the metrics; whether `call` takes `training`,
+    only the model itself knows.
+    """
+    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
+    arguments = {"training": False} if model._call_has_training_arg else {}
+    loss = model.compute_loss(
+        x=x,
+        y=y,
+        y_pred=model(x, **arguments),
+        sample_weight=sample_weight,
+        training=False,
+    )
+    # Keras divides a replica's loss by their number.
+    return loss * tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)

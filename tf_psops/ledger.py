@@ -13,9 +13,12 @@ class Ledger:
     Args:
         strategy: A `SwarmStrategy`.
         model: The compiled `keras.Model` that was made in its scope.
+        keep_batch: Whether to keep each replica's latest batch as well.
     """
 
-    def __init__(self, strategy, model):
+    def __init__(self, strategy, model, keep_batch):
+        self._strategy = strategy
+        self._batches = {} if keep_batch else None
         self._tracker = model.metrics[0]
         with strategy.scope():
             self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
@@ -25,12 +28,18 @@ class Ledger:
             strategy.experimental_local_results(variable)
             for variable in (self._steps, self._loss, self._weight)
         ]
+        self._keras_sums = [
+            strategy.experimental_local_results(variable.value)
+            for variable in (self._tracker.total, self._tracker.count)
+        ]
         strategy.observe(model, self._observer)
 
     def _observer(self, train_step):
         def noted(data):
             loss = tf.identity(self._tracker.total.value)
             weight = tf.identity(self._tracker.count.value)
+            if self._batches is not None:
+                self._keep(data)
             result = train_step(data)
             self._steps.assign_add(1)
             self._loss.assign_add(self._tracker.total.value - loss)
@@ -38,6 +47,26 @@ class Ledger:
             return result
 
         return noted
+
+    def _keep(self, data):
+        replica = self._strategy.local_replica()
+        if replica not in self._batches:
+            with tf.init_scope(), tf.device(self._local[0][replica].device):
+                self._batches[replica] = tf.nest.map_structure(_variable_like, data)
+        tf.nest.map_structure(
+            lambda variable, value: (
+                variable if value is None else variable.assign(value)
+            ),
+            self._batches[replica],
+            data,
+        )
+
+    def batch(self, replica):
+        """Returns a local replica's latest batch, as its train step got it."""
+        return tf.nest.map_structure(
+            lambda variable: None if variable is None else variable.read_value(),
+            self._batches[replica],
+        )
 
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
@@ -56,3 +85,27 @@ class Ledger:
         """Begins a local replica's next mean."""
         self._local[1][replica].assign(0.0)
         self._local[2][replica].assign(0.0)
+        # A NaN would stay in Keras' own sum, and so in all that is told from it, to
+        # the end of the epoch, though the particle may be in good health from here.
+        total, count = (variables[replica] for variables in self._keras_sums)
+        sound = tf.math.is_finite(total)
+        count.assign(tf.where(sound, count, 0))
+        total.assign(tf.where(sound, total, 0))
+
+
+def _variable_like(value):
+    """Returns a variable for tensors like `value`, of any number of rows."""
+    if value is None:
+        return None
+    if not isinstance(value, tf.Tensor):
+        raise ValueError(
+            "A rule with trial positions scores them on the latest batch, which must "
+            f"be of dense tensors. Received: {type(value).__name__}. Use dense inputs, "
+            "or another rule, such as tf_psops.ParameterAverage()."
+        )
+    shape = tf.TensorShape([None]).concatenate(value.shape[1:])
+    return tf.Variable(
+        tf.zeros([0 if size is None else size for size in shape], value.dtype),
+        shape=shape,
+        trainable=False,
+    )

@@ -26,7 +26,7 @@ class PSOSync(keras.callbacks.Callback):
         sync_every: The synchronisation interval in local steps (mini-batches), at
             least 1; with `steps_per_execution` above 1 a multiple of that.
         rule: How the particles move, a `tf_psops.Rule`. Defaults to
-            `tf_psops.ParticleSwarm()`.
+            `tf_psops.CentroidSwarm()`.
         non_trainable: What happens to float state that training updates without
             gradients, such as BatchNormalization's moving statistics, at a
             synchronisation: "average" averages it over the swarm, "local" leaves it
@@ -38,6 +38,8 @@ class PSOSync(keras.callbacks.Callback):
 
     Attributes:
         num_syncs: Synchronisations since training began.
+        bytes_moved: Bytes that each particle got in them: the vectors and scalars,
+            whatever the collectives make of them on the wire.
         sync_seconds: Wall seconds that this worker spent in them, waiting included.
         fitness: NumPy array [W], every particle's mean training loss before the
             last synchronisation; infinite for a particle out of order.
@@ -74,11 +76,11 @@ class PSOSync(keras.callbacks.Callback):
                 "Invalid value for argument `sync_every`. Expected a whole number of "
                 f"local steps, at least 1. Received: sync_every={sync_every!r}."
             )
-        rule = rules.ParticleSwarm() if rule is None else rule
+        rule = rules.CentroidSwarm() if rule is None else rule
         if not isinstance(rule, rules.Rule):
             raise ValueError(
                 "Invalid value for argument `rule`. Expected a `tf_psops.Rule`, such "
-                f"as tf_psops.ParticleSwarm(). Received: rule={rule!r}."
+                f"as tf_psops.CentroidSwarm(). Received: rule={rule!r}."
             )
         if rule.exchange not in ("best", "mean"):
             raise ValueError(
@@ -109,6 +111,10 @@ class PSOSync(keras.callbacks.Callback):
     @property
     def num_syncs(self):
         return self._synchronizer.num_syncs if self._synchronizer else 0
+
+    @property
+    def bytes_moved(self):
+        return self._synchronizer.bytes_moved if self._synchronizer else 0
 
     def set_model(self, model):
         super().set_model(model)
@@ -182,8 +188,9 @@ class PSOSync(keras.callbacks.Callback):
         self._synced_steps = self._steps
 
     def _check_optimizer(self):
-        iterations = self.model.optimizer.iterations
-        if not isinstance(iterations.value, tf.distribute.DistributedValues):
+        # `optimizer.iterations` is no variable where gradients accumulate.
+        variable = self.model.optimizer.variables[0]
+        if not isinstance(variable.value, tf.distribute.DistributedValues):
             raise ValueError(
                 "PSOSync needs an optimizer made in the scope of the SwarmStrategy. "
                 f"Received: {type(self.model.optimizer).__name__}, made outside of it. "

@@ -33,6 +33,9 @@ class SwarmStrategy(tf.distribute.Strategy):
             its implementation (ring, NCCL) and its time-out hold for all
             collectives. Defaults to automatic, without a time-out.
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
+        share_gradients: Whether the gradients are all-reduced at every step, for
+            synchronous SGD, to compare with. The swarm then stays together without
+            `PSOSync`. Defaults to `False`.
 
     Raises:
         ValueError: If `TF_CONFIG`, `devices` or `startup_timeout` is not usable.
@@ -55,6 +58,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         cluster_resolver=None,
         communication_options=None,
         startup_timeout=300.0,
+        share_gradients=False,
     ):
         _check_devices(devices)
         if not startup_timeout > 0:
@@ -70,7 +74,12 @@ class SwarmStrategy(tf.distribute.Strategy):
         self._observers = weakref.WeakKeyDictionary()
         try:
             extended = _private_api.SwarmExtended(
-                self, devices, cluster_resolver, communication_options, startup_timeout
+                self,
+                devices,
+                cluster_resolver,
+                communication_options,
+                startup_timeout,
+                share_gradients,
             )
         except (tf.errors.DeadlineExceededError, tf.errors.UnavailableError) as error:
             raise TimeoutError(
@@ -108,15 +117,21 @@ class SwarmStrategy(tf.distribute.Strategy):
         strategy = tf_psops.SwarmStrategy.in_process(4)
         ```
         """
-        if not isinstance(num_particles, int) or num_particles < 1:
+        if (
+            isinstance(num_particles, bool)
+            or not isinstance(num_particles, int)
+            or num_particles < 1
+        ):
             raise ValueError(
                 "Invalid value for argument `num_particles`. Expected a whole number "
                 f"of at least 1. Received: num_particles={num_particles!r}."
             )
         cpu = tf.config.list_physical_devices("CPU")[0]
+        configured = tf.config.get_logical_device_configuration(cpu) or ()
         logical = [tf.config.LogicalDeviceConfiguration()] * num_particles
         try:
-            tf.config.set_logical_device_configuration(cpu, logical)
+            if len(configured) < num_particles:
+                tf.config.set_logical_device_configuration(cpu, logical)
         except RuntimeError as error:  # TensorFlow's devices are initialised.
             available = len(tf.config.list_logical_devices("CPU"))
             if available < num_particles:
@@ -139,6 +154,15 @@ class SwarmStrategy(tf.distribute.Strategy):
         """Returns this worker's place in the cluster; the chief has 0."""
         return self.extended.worker_index
 
+    def local_replica(self):
+        """Returns the place among this worker's replicas of the one that is traced.
+
+        Returns:
+            An int, from 0; to be called inside `run`.
+        """
+        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
+        return int(tf.get_static_value(replica)) % len(self.extended.worker_devices)
+
     def observe(self, model, observer):
         """Wraps a model's training step on every replica.
 
@@ -160,9 +184,18 @@ class SwarmStrategy(tf.distribute.Strategy):
         return super().run(fn, args=args, kwargs=kwargs, options=options)
 
     def reduce(self, reduce_op, value, axis):
-        """Reduces a value, or a nest of values, over all replicas of all workers."""
-        reduce_one = super().reduce
-        return tf.nest.map_structure(lambda v: reduce_one(reduce_op, v, axis), value)
+        """Reduces a value over all replicas; see `tf.distribute.Strategy.reduce`.
+
+        A nest, which the base class refuses, is a batch of which Keras wants to
+        know the shapes before training: it gets the first local replica's. Shapes
+        may differ between replicas, and a collective over them would abort the
+        process' collectives for good.
+        """
+        if tf.nest.is_nested(value):
+            return tf.nest.map_structure(
+                lambda v: self.experimental_local_results(v)[0], value
+            )
+        return super().reduce(reduce_op, value, axis)
 
 
 def _check_devices(devices):

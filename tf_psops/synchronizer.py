@@ -6,7 +6,7 @@ from tf_psops import _private_api, collectives, ledger
 from tf_psops.rules import rule as rule_lib
 
 # The calls of `Collectives`.
-_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _CLOSE = range(5)
+_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _CLOSE = range(6)
 
 
 class Synchronizer:
@@ -31,7 +31,9 @@ class Synchronizer:
             strategy.worker_index,
             strategy.communication_options,
         )
-        self._ledger = ledger.Ledger(strategy, model)
+        self._strategy = strategy
+        self._model = model
+        self._ledger = ledger.Ledger(strategy, model, keep_batch=rule.num_trials > 0)
         state = _private_api.updated_state(model)
         slots = _slots(model.optimizer)
         self._weights = _Packing(strategy, model.trainable_variables)
@@ -43,10 +45,11 @@ class Synchronizer:
         self._left_apart = _Packing(strategy, [] if average_non_trainable else state)
         self._rule_state, self._vector = self._make_state(strategy)
         self._offer = tf.function(self._rule.offer, jit_compile=True)
+        self._trial = tf.function(self._rule_trial, jit_compile=True)
         self._move = tf.function(self._rule_move, jit_compile=True)
         self._sent = None
         self.num_syncs = 0
-        self.bytes_sent = 0
+        self.bytes_moved = 0
 
     @property
     def num_particles(self):
@@ -62,6 +65,7 @@ class Synchronizer:
         self._begin()
         self._sent = None
         self.num_syncs = 0
+        self.bytes_moved = 0
 
     def close(self):
         """Puts all particles on the position that stands for the swarm."""
@@ -104,6 +108,11 @@ class Synchronizer:
             tf.constant(news != self._sent),
             tf.constant(self.num_syncs),
         )
+        self.bytes_moved += table.shape[1] * table.dtype.size * self.num_particles
+        self.bytes_moved += self._averaged.size * self._averaged.dtype.size
+        if self._rule.exchange == "mean" or news != self._sent:
+            self.bytes_moved += self._weights.size * self._weights.dtype.size
+        self.bytes_moved += self._rule.num_trials * 8 * self.num_particles
         self._sent = news
         self.num_syncs += 1
         return fitness
@@ -181,23 +190,60 @@ class Synchronizer:
             if self._averaged.size:
                 extras = self._collectives.mean(extras, healthy, _AVERAGE)
 
-        def move(replica):
+        def learn(replica):
             self._vector[replica].assign(vectors[replica])
             self._averaged.unpack(replica, extras[replica])
-            news = rule_lib.News(
+            return rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, self._weights.dtype),
                 particle=self._collectives.first_particle + replica,
                 sync=sync,
             )
+
+        news = self._on_devices(learn)
+        if self._rule.num_trials:
+            scores = tf.cast(self._score_trials(news), self._weights.dtype)
+            news = [n._replace(scores=scores) for n in news]
+
+        def move(replica):
             state, position = self._move(
-                self._rule_state[replica], positions[replica], news
+                self._rule_state[replica], positions[replica], news[replica]
             )
             _assign(self._rule_state[replica], state)
             self._weights.unpack(replica, position)
             self._ledger.close(replica)
 
         self._on_devices(move)
+
+    def _score_trials(self, news):
+        """Returns the mean loss of each trial position over the swarm, [K]."""
+
+        def loss():
+            batch = self._ledger.batch(self._strategy.local_replica())
+            return _private_api.test_loss(self._model, batch)
+
+        def score(number, scores):
+            self._on_devices(
+                lambda replica: self._weights.unpack(
+                    replica,
+                    self._trial(number, self._rule_state[replica], news[replica]),
+                )
+            )
+            losses = self._strategy.experimental_local_results(self._strategy.run(loss))
+            row = tf.stack([tf.cast(loss, tf.float64) for loss in losses])
+            return number + 1, scores.write(number, row)
+
+        trials = self._rule.num_trials
+        _, scores = tf.while_loop(
+            lambda number, _: number < trials,
+            score,
+            (tf.constant(0), tf.TensorArray(tf.float64, trials)),
+            parallel_iterations=1,
+        )
+        rows = tf.unstack(tf.transpose(scores.stack()), len(self._devices))
+        table = self._collectives.gather(rows, _SCORE)
+        table = tf.where(tf.math.is_finite(table), table, float("inf"))
+        return tf.reduce_mean(table, axis=0)
 
     @tf.function(autograph=False)
     def _close(self):
@@ -215,6 +261,9 @@ class Synchronizer:
                 self._left_apart.unpack(replica, states[replica])
 
         self._on_devices(close)
+
+    def _rule_trial(self, number, state, news):
+        return self._rule.trial(number, state, news, self._weights.sizes)
 
     def _rule_move(self, state, position, news):
         state, moved = self._rule.move(state, position, news, self._weights.sizes)

@@ -3,6 +3,9 @@
 import tf_psops
 
 RULES = {
-    "pso": tf_psops.ParticleSwarm,
+    "pso": tf_psops.CentroidSwarm,
     "average": tf_psops.ParameterAverage,
+    "easgd": tf_psops.ElasticAverage,
+    "slowmo": tf_psops.SlowMomentum,
+    "pso_paper": tf_psops.ParticleSwarm,
 }

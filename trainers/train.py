@@ -16,7 +16,7 @@ import tensorflow as tf
 from absl import app, flags, logging
 
 from tf_psops import cluster
-from trainers import datasets, models, training
+from trainers import datasets, files, models, training
 from trainers.rules import RULES
 
 _DATASET = flags.DEFINE_enum("dataset", "digits", datasets.NAMES, "Data set.")
@@ -91,7 +91,7 @@ def main(argv):
     print(training.format_result(result))
     worker = cluster.read_tf_config()
     if _OUTPUT_DIR.value and (worker is None or worker.is_chief):
-        training.write_text(
+        files.write_text(
             pathlib.Path(_OUTPUT_DIR.value) / "flags.json",
             json.dumps(arguments, indent=2) + "\n",
         )

@@ -11,6 +11,7 @@ import keras
 
 import tf_psops
 from trainers import datasets, evaluation, models
+from trainers.files import write_text
 from trainers.rules import RULES
 
 
@@ -174,18 +175,6 @@ def format_result(result):
         f"{result.sync_seconds:.1f} of {result.train_seconds:.1f} seconds."
     )
     return "\n".join(lines)
-
-
-def write_text(path, text):
-    """Writes a file whole or not at all.
-
-    Args:
-        path: A `pathlib.Path`.
-        text: What the file shall hold.
-    """
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    unfinished.write_text(text)
-    os.replace(unfinished, path)
 
 
 def _make_strategy(particles):

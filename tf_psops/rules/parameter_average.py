@@ -13,7 +13,8 @@ class ParameterAverage(Rule):
     Example:
 
     ```python
-    model.fit(dataset, callbacks=[PSOSync(10, ParameterAverage())])
+    rule = tf_psops.ParameterAverage()
+    model.fit(dataset, callbacks=[tf_psops.PSOSync(10, rule)])
     ```
     """
 

@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
+from tf_psops import _checks
+from tf_psops.rules import _random
 from tf_psops.rules.rule import Offer, Rule
 
 
@@ -51,7 +53,7 @@ class ParticleSwarm(Rule):
             of each particle at each synchronisation. Defaults to 0.
 
     Raises:
-        ValueError: If an argument is out of its range.
+        ValueError: If an argument is out of its range or of a wrong type.
 
     Example:
 
@@ -64,32 +66,19 @@ class ParticleSwarm(Rule):
     exchange = "best"
 
     def __init__(self, inertia=0.3, cognitive=0.5, social=0.5, take="own", seed=0):
-        if not 0 <= inertia < 1:
-            raise ValueError(
-                "Invalid value for argument `inertia`. Expected a number from 0 to "
-                f"below 1. Received: inertia={inertia!r}."
-            )
+        good = _checks.is_real(inertia) and 0 <= inertia < 1
+        _checks.check(good, "a number from 0 to below 1", inertia=inertia)
         for name, value in (("cognitive", cognitive), ("social", social)):
-            if not 0 <= value < float("inf"):
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected a finite number of "
-                    f"at least 0. Received: {name}={value!r}."
-                )
-        if take not in ("own", "global_best"):
-            raise ValueError(
-                "Invalid value for argument `take`. Expected 'own' or 'global_best'. "
-                f"Received: take={take!r}."
-            )
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise ValueError(
-                "Invalid value for argument `seed`. Expected a whole number. "
-                f"Received: seed={seed!r}."
-            )
-        self.inertia = inertia
-        self.cognitive = cognitive
-        self.social = social
+            good = _checks.is_real(value) and 0 <= value < float("inf")
+            _checks.check(good, "a finite number of at least 0", **{name: value})
+        good = take in ("own", "global_best")
+        _checks.check(good, "'own' or 'global_best'", take=take)
+        _checks.check(_checks.is_whole(seed), "a whole number", seed=seed)
+        self.inertia = float(inertia)
+        self.cognitive = float(cognitive)
+        self.social = float(social)
         self.take = take
-        self.seed = seed
+        self.seed = int(seed)
 
     def init(self, position):
         """Returns the state of a particle at rest that has no personal best yet."""
@@ -114,10 +103,8 @@ class ParticleSwarm(Rule):
 
         They depend on (seed, sync, particle) alone, so a run repeats bit for bit.
         """
-        key = tf.constant([self.seed & 0x7FFFFFFF, 0x5350534F], tf.int32)
-        key = tf.random.experimental.stateless_fold_in(key, news.sync, alg="philox")
-        key = tf.random.experimental.stateless_fold_in(key, news.particle, alg="philox")
-        return tf.random.stateless_uniform([2, num_tensors], key, alg="philox")
+        key = _random.key(self.seed, news.sync, news.particle)
+        return _random.uniform([2, num_tensors], key)
 
     def move(self, state, position, news, sizes):
         """Returns the state and position after one PSO step; see `Rule.move`."""

@@ -7,7 +7,9 @@ float vector of P elements. At a synchronisation
   1. every particle makes an `Offer` from its own position and fitness;
   2. one vector travels: the offer with the lowest score (`exchange = "best"`), or
      the mean of the offers of all particles in good health (`exchange = "mean"`);
-  3. every particle moves by that vector, which it gets as `News`.
+  3. if the rule has trial positions, every particle scores each of them on its own
+     latest batch, and the scores are averaged over the swarm;
+  4. every particle moves by what it learnt, which it gets as `News`.
 """
 
 from typing import Any, NamedTuple
@@ -39,12 +41,16 @@ class News(NamedTuple):
             synchronisation, infinite for a particle that is out of order.
         particle: Scalar int32, the index of this particle, 0 to W - 1.
         sync: Scalar int32, the number of this synchronisation, from 0.
+        scores: [K], the mean loss over the swarm of each trial position, infinite
+            where a loss was not finite; `None` before the trials are scored, and for
+            a rule without trials.
     """
 
     vector: tf.Tensor
     fitness: tf.Tensor
     particle: tf.Tensor
     sync: tf.Tensor
+    scores: tf.Tensor | None = None
 
 
 class Rule:
@@ -72,6 +78,9 @@ class Rule:
     exchange = "mean"
     """Which vector travels: "best" or "mean"."""
 
+    num_trials = 0
+    """How many trial positions there are at each synchronisation, K."""
+
     def init(self, position) -> Any:
         """Returns a particle's state before the first synchronisation.
 
@@ -91,6 +100,20 @@ class Rule:
                 synchronisation; infinite where the loss or a weight was not finite.
         """
         return state, Offer(position, fitness)
+
+    def trial(self, number, state, news: News, sizes) -> tf.Tensor:
+        """Returns a trial position, [P], to be scored by the whole swarm.
+
+        It must be the same on every particle. Trials cost no traffic but their
+        scores, and a forward pass of one batch each.
+
+        Args:
+            number: Scalar int32, from 0 to `num_trials` - 1.
+            state: The particle's state, as `offer` left it.
+            news: What the particle knows before the trials are scored.
+            sizes: See `move`.
+        """
+        raise NotImplementedError
 
     def move(self, state, position, news: News, sizes) -> tuple[Any, tf.Tensor]:
         """Returns a particle's new state and its new position, [P].

@@ -1,0 +1,1 @@
+"""Measurements of cost, side by side in one run; never tests."""

@@ -1,0 +1,301 @@
+"""Tests of training by a swarm over real processes."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import tempfile
+import time
+
+import clusters
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+from keras import layers
+
+import tf_psops
+
+_EVERY = 3
+_RULES = {
+    "average": tf_psops.ParameterAverage,
+    "swarm": lambda: tf_psops.ParticleSwarm(seed=5),
+    "global_best": lambda: tf_psops.ParticleSwarm(take="global_best"),
+}
+
+
+class _Recorder(keras.callbacks.Callback):
+    """Notes the local particles' weights right after each synchronisation."""
+
+    def __init__(self, sync):
+        super().__init__()
+        self._sync = sync
+        self.weights = []
+        self.fitness = []
+
+    def on_train_begin(self, logs=None):
+        self._note()
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._sync.num_syncs >= len(self.weights):
+            self._note()
+
+    def on_train_end(self, logs=None):
+        self._note()
+
+    def _note(self):
+        self.weights.append(_weights(self.model))
+        self.fitness.append(self._sync.fitness)
+
+
+def _weights(model):
+    """Returns the local particles' float variables, one vector for each particle."""
+    local = model.distribute_strategy.experimental_local_results
+    copies = zip(
+        *(
+            local(v.value)
+            for v in [*model.weights, *model.optimizer.variables]
+            if tf.as_dtype(v.dtype).is_floating and "momentum" not in v.path
+        )
+    )
+    return np.stack([np.concatenate([v.numpy().ravel() for v in c]) for c in copies])
+
+
+def _model(strategy, dropout=0.0, **kwargs):
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        model = keras.Sequential(
+            [
+                keras.Input([4]),
+                layers.Dense(5, activation="relu"),
+                layers.BatchNormalization(),
+                layers.Dropout(dropout, seed=3),
+                layers.Dense(3),
+            ]
+        )
+        model.compile(
+            keras.optimizers.SGD(0.1, momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            **kwargs,
+        )
+    return model
+
+
+def _data(rows):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(rows, 4)).astype("float32")
+    return tf.data.Dataset.from_tensor_slices((x, x.argmax(-1) % 3))
+
+
+def _fit(strategy, rule, steps_per_execution):
+    """Trains a swarm for two epochs; returns all that should be equal somewhere."""
+    model = _model(strategy, steps_per_execution=steps_per_execution)
+    batch = 2 * strategy.num_replicas_in_sync
+    # An epoch of seven steps is no multiple of the interval.
+    steps = 6 if steps_per_execution > 1 else 7
+    sync = tf_psops.PSOSync(_EVERY, _RULES[rule]())
+    recorder = _Recorder(sync)
+    history = model.fit(
+        _data(steps * batch).batch(batch),
+        epochs=2,
+        validation_data=_data(11).batch(batch),
+        callbacks=[sync, recorder],
+        verbose=0,
+    ).history
+    return {
+        "trajectory": np.stack(recorder.weights),
+        "fitness": np.stack(recorder.fitness[1:]),
+        "history": history,
+        "num_syncs": sync.num_syncs,
+    }
+
+
+def _fit_partial(strategy):
+    """Trains on a data set whose last batch has rows for one particle only."""
+    model = _model(strategy)
+    batch = 2 * strategy.num_replicas_in_sync
+    sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
+    model.fit(_data(4 * batch + 1).batch(batch), callbacks=[sync], verbose=0)
+    return {
+        "num_syncs": sync.num_syncs,
+        "weights": _weights(model),
+        "ops": clusters.ops_of(model.train_function),
+    }
+
+
+def _masks(strategy):
+    """Returns the local particles' dropout masks."""
+    model = _model(strategy, dropout=0.5)
+    dropout = next(v for v in model.layers if isinstance(v, layers.Dropout))
+    run = tf.function(
+        lambda: strategy.run(dropout, (tf.ones([1, 64]),), {"training": True})
+    )
+    return [mask.numpy() for mask in strategy.experimental_local_results(run())]
+
+
+def _chief_alone(strategy):
+    """Lets the chief read and save a model without the others."""
+    model = _model(strategy)
+    if strategy.worker_index:
+        return True
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(f"{folder}/model.keras")
+        loaded = keras.saving.load_model(f"{folder}/model.keras")
+    return all(map(np.array_equal, model.get_weights(), loaded.get_weights()))
+
+
+def _train_all(cases):
+    strategy = tf_psops.SwarmStrategy()
+    return {
+        "fits": [_fit(strategy, *case) for case in cases],
+        "partial": _fit_partial(strategy),
+        "masks": _masks(strategy),
+        "chief_alone": _chief_alone(strategy),
+    }
+
+
+class TrainingTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        (2, [("average", 1), ("swarm", 1), ("global_best", 3)]),
+        (3, [("swarm", 1), ("average", 3)]),
+    )
+    def test_workers_agree_with_each_other_and_with_one_process(self, workers, cases):
+        results = clusters.run(_train_all, workers, cases, timeout=240)
+        alone = tf_psops.SwarmStrategy.in_process(workers)
+        for i, case in enumerate(cases):
+            with self.subTest(case):
+                self._check_fit(
+                    [r["fits"][i] for r in results], _fit(alone, *case), case[0]
+                )
+        with self.subTest("partial"):
+            partial = [result["partial"] for result in results]
+            for one in partial:
+                self.assertEqual(one["num_syncs"], 3)
+                self.assertAllEqual(one["weights"], partial[0]["weights"])
+                self.assertTrue(np.isfinite(one["weights"]).all())
+                self.assertIn("MatMul", one["ops"])
+                collective = [op for op in one["ops"] if "Collective" in op]
+                self.assertEmpty(collective)
+        with self.subTest("masks"):
+            masks = [result["masks"][0] for result in results]
+            self.assertLen({mask.tobytes() for mask in masks}, workers)
+            self.assertAllEqual(np.concatenate(masks), np.concatenate(_masks(alone)))
+        with self.subTest("chief alone"):
+            self.assertAllEqual([r["chief_alone"] for r in results], [True] * workers)
+
+    def _check_fit(self, fits, alone, rule):
+        end = fits[0]["trajectory"][-1, 0]
+        for fit in fits:
+            self.assertEqual(fit["num_syncs"], alone["num_syncs"])
+            self.assertEqual(fit["history"], fits[0]["history"])
+            self.assertAllEqual(fit["fitness"], fits[0]["fitness"])
+            self.assertAllEqual(fit["trajectory"][-1, 0], end)
+        trajectory = np.concatenate([fit["trajectory"] for fit in fits], axis=1)
+        self.assertAllClose(trajectory, alone["trajectory"], rtol=0, atol=1e-6)
+        self.assertAllClose(fits[0]["fitness"], alone["fitness"], rtol=1e-5)
+        self.assertAllClose(fits[0]["history"], alone["history"], rtol=1e-5)
+        self.assertIn("val_accuracy", fits[0]["history"])
+        if rule == "swarm":  # It goes on from positions of its own.
+            self.assertNotAllClose(trajectory[1, 0], trajectory[1, 1], atol=1e-3)
+
+
+class _SlowSteps(keras.callbacks.Callback):
+    """Notes each step in a file, and takes its time."""
+
+    def __init__(self, path):
+        super().__init__()
+        self._path = path
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._path.write_text(f"{batch + 1}")
+        time.sleep(0.02)
+
+
+def _train_slowly(folder, every, steps):
+    strategy = tf_psops.SwarmStrategy()
+    model = _model(strategy)
+    note = _SlowSteps(pathlib.Path(folder, str(strategy.worker_index)))
+    sync = tf_psops.PSOSync(every)
+    data = _data(4).batch(4).repeat(steps)
+    model.fit(data, callbacks=[note, sync], verbose=0)
+    return sync.num_syncs
+
+
+class StoppedWorkerTest(tf.test.TestCase):
+    def test_worker_trains_on_until_its_next_synchronisation(self):
+        every = 60
+        folder = pathlib.Path(self.get_temp_dir())
+
+        def step(worker):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return int((folder / str(worker)).read_text())
+            return 0
+
+        def wait_for_step(worker, at_least, seconds):
+            deadline = time.monotonic() + seconds
+            while step(worker) < at_least and time.monotonic() < deadline:
+                time.sleep(0.01)
+            return step(worker)
+
+        with clusters.start(_train_slowly, 2, str(folder), every, 3 * every) as cluster:
+            self.assertGreater(wait_for_step(1, every + 1, 60), every)
+            os.kill(cluster.pids[1], signal.SIGSTOP)
+            stopped = step(1)
+            self.assertLess(stopped, 2 * every)
+            self.assertLess(step(0), 2 * every)
+            self.assertEqual(wait_for_step(0, 2 * every, 10), 2 * every)
+            time.sleep(0.5)
+            self.assertEqual(step(0), 2 * every)  # It waits in the synchronisation.
+            self.assertEqual(step(1), stopped)
+            os.kill(cluster.pids[1], signal.SIGCONT)
+            self.assertEqual(cluster.results(60), [3, 3])
+
+
+def _start_without_peer(startup_timeout):
+    start = time.monotonic()
+    try:
+        tf_psops.SwarmStrategy(startup_timeout=startup_timeout)
+    except Exception as error:
+        return type(error).__name__, str(error), time.monotonic() - start
+    return "no error"
+
+
+class MissingWorkerTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(0, 1)
+    def test_missing_peer(self, present):
+        ((name, text, seconds),) = clusters.run(
+            _start_without_peer, 2, 5, only=[present], timeout=60
+        )
+        self.assertEqual(name, "TimeoutError")
+        self.assertRegex(
+            text, "startup_timeout=5 seconds.*127.0.0.1.*Start the missing"
+        )
+        self.assertBetween(seconds, 3, 30)
+
+
+def _train_on_unequal_data(timeout_seconds):
+    strategy = tf_psops.SwarmStrategy(
+        communication_options=tf.distribute.experimental.CommunicationOptions(
+            timeout_seconds=timeout_seconds
+        )
+    )
+    model = _model(strategy)
+    data = strategy.distribute_datasets_from_function(
+        lambda context: _data(2).batch(2).repeat(8 - 3 * context.input_pipeline_id)
+    )
+    try:
+        model.fit(data, callbacks=[tf_psops.PSOSync(2)], verbose=0)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+class UnequalDataTest(tf.test.TestCase):
+    def test_different_numbers_of_steps_end_in_an_error(self):
+        for error in clusters.run(_train_on_unequal_data, 2, 10, timeout=120):
+            self.assertRegex(error, "DeadlineExceeded|RuntimeError.*numbers of local")
+
+
+if __name__ == "__main__":
+    tf.test.main()

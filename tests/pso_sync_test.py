@@ -1,0 +1,372 @@
+"""Tests of `tf_psops.PSOSync` with particles in one process."""
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+from keras import layers
+
+import tf_psops
+
+_ROWS = 2  # Of one particle in one step.
+
+
+def _dense(*more):
+    keras.utils.set_random_seed(1)
+    return keras.Sequential([keras.Input([4]), *more, layers.Dense(3)])
+
+
+def _compile(model, optimizer=None, **kwargs):
+    model.compile(
+        optimizer=optimizer or keras.optimizers.SGD(0.1),
+        loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        **kwargs,
+    )
+    return model
+
+
+def _swarm(particles=2, make=_dense, optimizer=keras.optimizers.SGD, **kwargs):
+    strategy = tf_psops.SwarmStrategy.in_process(particles)
+    with strategy.scope():
+        model = _compile(make(), optimizer(0.1), **kwargs)
+    return strategy, model
+
+
+def _arrays(steps, particles=2):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(steps * particles * _ROWS, 4)).astype("float32")
+    return x, x.argmax(-1) % 3
+
+
+def _data(steps, particles=2):
+    dataset = tf.data.Dataset.from_tensor_slices(_arrays(steps, particles))
+    return dataset.batch(particles * _ROWS)
+
+
+def _local(model, variable):
+    copies = model.distribute_strategy.experimental_local_results(variable.value)
+    return [v.numpy() for v in copies]
+
+
+def _weights(model):
+    """Returns the replicas' trainable weights, [W, P]."""
+    copies = zip(*(_local(model, v) for v in model.trainable_variables))
+    return np.stack([np.concatenate([w.ravel() for w in c]) for c in copies])
+
+
+def _equal(replicas):
+    return all(np.array_equal(replicas[0], other) for other in replicas[1:])
+
+
+def _fit(model, data, *callbacks, **kwargs):
+    return model.fit(data, callbacks=list(callbacks), verbose=0, **kwargs).history
+
+
+class _Probe(keras.callbacks.Callback):
+    """Notes (value of `look(model)`) at the end of every execution."""
+
+    def __init__(self, look):
+        super().__init__()
+        self._look = look
+        self.seen = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(self._look(self.model))
+
+
+class IntervalTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        (1, 1, 3, 1),
+        (3, 1, 7, 3),
+        (10, 1, 7, 3),
+        (3, 3, 6, 2),
+        (6, 3, 9, 3),
+        (10, 10, 10, 2),
+    )
+    def test_syncs_at_every_nth_local_step(self, every, per_execution, steps, epochs):
+        _, model = _swarm(steps_per_execution=per_execution)
+        sync = tf_psops.PSOSync(every, tf_psops.ParameterAverage())
+        before = _Probe(lambda model: _equal(_weights(model)))
+        after = _Probe(lambda model: (_equal(_weights(model)), sync.num_syncs))
+        _fit(model, _data(steps), before, sync, after, epochs=epochs)
+
+        ends = range(per_execution, steps * epochs + 1, per_execution)
+        self.assertEqual(before.seen, [False] * len(ends))
+        self.assertEqual(
+            after.seen, [(step % every == 0, step // every) for step in ends]
+        )
+        # Training closes with one more, unless its last step had one.
+        self.assertEqual(sync.num_syncs, -(-steps * epochs // every))
+        self.assertTrue(_equal(_weights(model)))
+        self.assertGreater(sync.sync_seconds, 0)
+
+    def test_interval_no_multiple_of_steps_per_execution(self):
+        _, model = _swarm(steps_per_execution=3)
+        with self.assertRaisesRegex(
+            ValueError, "sync_every=4 is not a multiple of steps_per_execution=3"
+        ):
+            _fit(model, _data(6), tf_psops.PSOSync(4))
+
+    def test_sync_inside_an_execution(self):
+        _, model = _swarm(steps_per_execution=3)
+        with self.assertRaisesRegex(
+            ValueError,
+            "sync_every=6 cannot be kept with steps_per_execution=3: local step 6 "
+            "fell inside an execution that ended at step 7",
+        ):
+            _fit(model, _data(4), tf_psops.PSOSync(6), epochs=2)
+
+    def test_second_fit_begins_anew(self):
+        _, model = _swarm()
+        sync = tf_psops.PSOSync(2)
+        _fit(model, _data(5), sync)
+        self.assertEqual(sync.num_syncs, 3)
+        after = _Probe(lambda _: sync.num_syncs)
+        _fit(model, _data(5), sync, after)
+        self.assertEqual(after.seen, [0, 1, 1, 2, 2])
+        self.assertEqual(sync.num_syncs, 3)
+        _, other = _swarm(3)
+        _fit(other, _data(5, 3), sync)
+        self.assertEqual(sync.num_syncs, 3)
+        self.assertLen(sync.fitness, 3)
+
+
+class FitnessTest(tf.test.TestCase):
+    def test_fitness_is_each_particles_mean_loss_since_the_last_sync(self):
+        particles, steps, every = 3, 5, 4
+        _, model = _swarm(particles)
+        rule = tf_psops.ParticleSwarm(inertia=0, cognitive=0, social=0)  # Stays.
+        sync = tf_psops.PSOSync(every, rule)
+        after = _Probe(lambda _: sync.fitness)
+        _fit(
+            model,
+            _data(steps, particles),
+            sync,
+            after,
+            epochs=2,
+            validation_data=_data(2, particles),
+        )
+        x, y = (
+            a.reshape(steps, particles, _ROWS, *a.shape[1:])
+            for a in _arrays(steps, particles)
+        )
+        losses = []
+        for particle in range(particles):
+            alone = _compile(_dense())
+            losses.append(
+                [
+                    alone.train_on_batch(x[step, particle], y[step, particle])
+                    for _ in range(2)
+                    for step in range(steps)
+                ]
+            )
+        losses = np.array(losses)
+        self.assertAllClose(after.seen[3], losses[:, :4].mean(1), rtol=1e-5)
+        self.assertAllClose(after.seen[7], losses[:, 4:8].mean(1), rtol=1e-5)
+        self.assertAllClose(sync.fitness, losses[:, 8:].mean(1), rtol=1e-5)
+
+
+class TrajectoryTest(tf.test.TestCase, parameterized.TestCase):
+    def test_averaging_every_step_is_synchronous_sgd(self):
+        _, model = _swarm(3)
+        sync = tf_psops.PSOSync(1, tf_psops.ParameterAverage())
+        swarm = _Probe(lambda model: _weights(model)[2])
+        _fit(model, _data(6, 3), sync, swarm)
+        alone = _compile(_dense())
+        plain = _Probe(
+            lambda model: np.concatenate([w.ravel() for w in model.get_weights()])
+        )
+        _fit(alone, _data(6, 3), plain)
+        self.assertAllClose(swarm.seen, plain.seen, rtol=0, atol=1e-6)
+
+    @parameterized.parameters("own", "global_best")
+    def test_particle_swarm_moves_as_its_formula_says(self, take):
+        particles, every, steps = 3, 2, 8
+        _, model = _swarm(particles)
+        rule = tf_psops.ParticleSwarm(0.4, 0.7, 0.6, take=take, seed=3)
+        sync = tf_psops.PSOSync(every, rule)
+        start = _weights(model)
+        before = _Probe(lambda model: _weights(model).astype("float64"))
+        after = _Probe(lambda model: (_weights(model), sync.fitness))
+        _fit(model, _data(steps, particles), before, sync, after)
+
+        sizes = [int(np.prod(v.shape)) for v in model.trainable_variables]
+        velocity = np.zeros(start.shape)
+        best, best_fitness = start.astype("float64"), np.full(particles, np.inf)
+        for number, step in enumerate(range(every - 1, steps, every)):
+            x, (moved, fitness) = before.seen[step], after.seen[step]
+            better = fitness < best_fitness
+            best[better], best_fitness[better] = x[better], fitness[better]
+            leader = best[best_fitness.argmin()].copy()
+            for i in range(particles):
+                news = tf_psops.News(None, None, tf.constant(i), tf.constant(number))
+                r1, r2 = np.repeat(rule.factors(news, len(sizes)), sizes, axis=1)
+                velocity[i] = (
+                    0.4 * velocity[i]
+                    + 0.7 * r1 * (best[i] - x[i])
+                    + 0.6 * r2 * (leader - x[i])
+                )
+                expected = leader if take == "global_best" else x[i] + velocity[i]
+                self.assertAllClose(moved[i], expected, rtol=0, atol=1e-6)
+        self.assertNotAllClose(velocity, np.zeros(start.shape), atol=1e-3)
+        for weights in _weights(model):  # Training ends with the global best.
+            self.assertAllClose(weights, leader, rtol=0, atol=1e-6)
+
+
+class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters("average", "local")
+    def test_moving_statistics(self, policy):
+        _, model = _swarm(make=lambda: _dense(layers.BatchNormalization()))
+        rule = tf_psops.ParameterAverage()
+        sync = tf_psops.PSOSync(2, rule, non_trainable=policy)
+        mean = model.non_trainable_variables[0]
+        before = _Probe(lambda model: np.stack(_local(model, mean)))
+        after = _Probe(lambda model: np.stack(_local(model, mean)))
+        _fit(model, _data(3), before, sync, after)
+        self.assertFalse(_equal(before.seen[1]))
+        if policy == "average":
+            for copy in after.seen[1]:
+                self.assertAllClose(copy, before.seen[1].mean(0))
+        else:
+            self.assertAllEqual(after.seen[1], before.seen[1])
+        for copy in _local(model, mean):  # Training closes on the average.
+            self.assertAllClose(copy, after.seen[2].mean(0))
+
+    @parameterized.parameters("average", "local")
+    def test_optimizer_slots(self, policy):
+        _, model = _swarm(optimizer=keras.optimizers.Adam)
+        rule = tf_psops.ParameterAverage()
+        sync = tf_psops.PSOSync(2, rule, optimizer_slots=policy)
+
+        def look(model):
+            slots = [v for v in model.optimizer.variables if v.shape == (4, 3)]
+            self.assertLen(slots, 2)
+            return np.stack([_local(model, slot) for slot in slots], axis=1)
+
+        before, after = _Probe(look), _Probe(look)
+        _fit(model, _data(2), before, sync, after)
+        self.assertFalse(_equal(before.seen[1]))
+        if policy == "average":
+            for copy in after.seen[1]:
+                self.assertAllClose(copy, before.seen[1].mean(0))
+        else:
+            self.assertAllEqual(after.seen[1], before.seen[1])
+
+    def test_frozen_layers_stay_and_do_not_travel(self):
+        def make():
+            frozen = layers.Dense(4, trainable=False)
+            return _dense(frozen, layers.BatchNormalization(trainable=False))
+
+        _, model = _swarm(make=make)
+        start = [v.numpy() for v in model.non_trainable_variables]
+        self.assertLen(start, 6)
+        seen = set()
+
+        class Spy(tf_psops.ParameterAverage):
+            def move(self, state, position, news, sizes):
+                seen.add((position.shape[0], sizes))
+                return super().move(state, position, news, sizes)
+
+        _fit(model, _data(3), tf_psops.PSOSync(2, Spy()))
+        self.assertEqual(seen, {(15, (12, 3))})
+        for before, variable in zip(start, model.non_trainable_variables):
+            for copy in _local(model, variable):
+                self.assertAllEqual(before, copy)
+
+
+class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
+    def _poison(self, model, replicas, at_step):
+        kernel = model.trainable_variables[0].value
+        copies = model.distribute_strategy.experimental_local_results(kernel)
+
+        def poison(model):
+            if len(probe.seen) + 1 == at_step:
+                for replica in replicas:
+                    copies[replica].assign(tf.fill(copies[replica].shape, np.nan))
+
+        probe = _Probe(poison)
+        return probe
+
+    @parameterized.parameters(
+        tf_psops.ParameterAverage(),
+        tf_psops.ParticleSwarm(),
+        tf_psops.ParticleSwarm(take="global_best"),
+    )
+    def test_others_do_not_catch_it(self, rule):
+        _, model = _swarm(3)
+        sync = tf_psops.PSOSync(2, rule)
+        before = _Probe(_weights)
+        after = _Probe(lambda model: (_weights(model), sync.fitness))
+        _fit(model, _data(4, 3), self._poison(model, [0], 1), before, sync, after)
+        weights, fitness = after.seen[1]
+        self.assertTrue(np.isfinite(weights[1:]).all())
+        self.assertAllEqual(np.isfinite(fitness), [False, True, True])
+        if rule.exchange == "mean":
+            self.assertAllClose(weights[1], before.seen[1][1:].mean(0))
+        if rule.exchange == "mean" or rule.take == "global_best":
+            # It took the others' position: from here on it is in good health.
+            self.assertTrue(np.isfinite(weights[0]).all())
+            self.assertTrue(np.isfinite(sync.fitness).all(), sync.fitness)
+        self.assertTrue(np.isfinite(_weights(model)).all())
+
+    def test_nobody_in_good_health(self):
+        _, model = _swarm()
+        with self.assertRaisesRegex(
+            FloatingPointError, "No particle.*synchronisation 1.*inf.*learning rate"
+        ):
+            poison = self._poison(model, [0, 1], 3)
+            _fit(model, _data(6), poison, tf_psops.PSOSync(2))
+
+
+class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        ({"sync_every": 0}, "`sync_every`.*at least 1.*sync_every=0"),
+        ({"sync_every": 2.0}, "`sync_every`.*sync_every=2.0"),
+        ({"sync_every": True}, "`sync_every`.*sync_every=True"),
+        ({"sync_every": 1, "rule": "average"}, "`rule`.*tf_psops.Rule.*'average'"),
+        ({"sync_every": 1, "non_trainable": "no"}, "`non_trainable`.*local.*'no'"),
+        ({"sync_every": 1, "optimizer_slots": 1}, "`optimizer_slots`.*local.*=1"),
+    )
+    def test_bad_arguments(self, arguments, text):
+        with self.assertRaisesRegex(ValueError, text):
+            tf_psops.PSOSync(**arguments)
+
+    def test_model_under_another_strategy(self):
+        strategy = tf.distribute.MirroredStrategy(["CPU:0"])
+        with strategy.scope():
+            mirrored = _compile(_dense())
+        for model, name in (
+            (_compile(_dense()), "DefaultDistributionStrategy"),
+            (mirrored, "MirroredStrategy"),
+        ):
+            with self.assertRaisesRegex(
+                ValueError, f"under _?{name}.*with strategy.scope"
+            ):
+                _fit(model, _data(2), tf_psops.PSOSync(1))
+
+    def test_optimizer_made_outside_the_scope(self):
+        optimizer = keras.optimizers.SGD(0.1)
+        with tf_psops.SwarmStrategy.in_process(2).scope():
+            model = _compile(_dense(), optimizer)
+        with self.assertRaisesRegex(ValueError, "SGD, made outside.*strategy.scope"):
+            _fit(model, _data(2), tf_psops.PSOSync(1))
+
+    def test_rule_that_returns_another_shape(self):
+        class Short(tf_psops.Rule):
+            def move(self, state, position, news, sizes):
+                return state, position[1:]
+
+        _, model = _swarm()
+        with self.assertRaisesRegex(ValueError, r"Short.move.*\(15,\).*\(14,\)"):
+            _fit(model, _data(2), tf_psops.PSOSync(1, Short()))
+
+    def test_rule_with_unknown_exchange(self):
+        class Odd(tf_psops.ParameterAverage):
+            exchange = "sum"
+
+        with self.assertRaisesRegex(ValueError, "`exchange`.*'best' or 'mean'.*'sum'"):
+            tf_psops.PSOSync(1, Odd())
+
+
+if __name__ == "__main__":
+    tf.test.main()
