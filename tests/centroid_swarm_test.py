@@ -11,14 +11,19 @@ _SIZES = (2, 1)
 _INF = float("inf")
 
 
-def _news(vector, sync=0, scores=None):
-    return tf_psops.News(
+def _news(rule, vector, sync=0, scores=None):
+    news = tf_psops.News(
         vector=tf.constant(vector),
         fitness=tf.zeros([4], tf.float64),
         particle=tf.constant(0),
         sync=tf.constant(sync),
         scores=None if scores is None else tf.constant(scores, tf.float64),
     )
+    return news._replace(factors=rule.factors(news, len(_SIZES)))
+
+
+def _factors(rule, sync):
+    return _news(rule, np.zeros(3), sync).factors.numpy()
 
 
 class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
@@ -27,21 +32,22 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         state = rule.init(tf.constant([1.0, 2.0, 3.0], tf.float64))
         state = state._replace(velocity=tf.constant([9.0, 9.0, 9.0], tf.float64))
         mean = np.array([4.0, 5.0, 6.0])
-        self.assertAllClose(rule.trial(0, state, _news(mean), _SIZES), mean)
+        self.assertAllClose(rule.trial(0, state, _news(rule, mean), _SIZES), mean)
 
     def test_factors_depend_on_seed_and_sync_alone(self):
         rule = tf_psops.CentroidSwarm(trials=64, inertia=0.7, social=(0.5, 1.5))
-        factors = rule.factors(3).numpy()
+        factors = _factors(rule, sync=3)
         self.assertAllEqual(factors[0], [0.0, 1.0])
         self.assertAllInRange(factors[1:, 0], 0.0, 0.7)
         self.assertAllInRange(factors[1:, 1], 0.5, 1.5)
         self.assertGreater(np.ptp(factors[1:, 0]), 0.5)
         self.assertGreater(np.ptp(factors[1:, 1]), 0.8)
-        compiled = tf.function(rule.factors, jit_compile=True)(tf.constant(3))
-        self.assertAllEqual(compiled, factors)
-        self.assertNotAllEqual(rule.factors(4), factors)
+        news = _news(rule, np.zeros(3), sync=3)
+        of_another = rule.factors(news._replace(particle=tf.constant(2)), len(_SIZES))
+        self.assertAllEqual(of_another, factors)
+        self.assertNotAllEqual(_factors(rule, sync=4), factors)
         other = tf_psops.CentroidSwarm(trials=64, inertia=0.7, seed=1)
-        self.assertNotAllEqual(other.factors(3), factors)
+        self.assertNotAllEqual(_factors(other, sync=3), factors)
 
     def test_flies_like_numpy(self):
         """Against PSO of the centroid written out in NumPy, on a quadratic loss."""
@@ -55,10 +61,10 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         choices = []
         for sync in range(8):
             mean = g + 0.2 * (goal - g) + 0.1 * rng.normal(size=3)
-            factors = rule.factors(sync).numpy().astype(np.float64)
+            factors = _factors(rule, sync).astype(np.float64)
             velocities = [w * v + c * (mean - g) for w, c in factors]
             losses = [np.sum((g + u - goal) ** 2) for u in velocities]
-            news = _news(mean, sync)
+            news = _news(rule, mean, sync)
             for k, u in enumerate(velocities):
                 self.assertAllClose(trial(tf.constant(k), state, news), g + u)
             best = int(np.argmin(losses))
@@ -66,7 +72,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
             v = velocities[best]
             g = g + v
             state, moved = move(
-                state, tf.constant(rng.normal(size=3)), _news(mean, sync, losses)
+                state, tf.constant(rng.normal(size=3)), _news(rule, mean, sync, losses)
             )
             self.assertAllClose(moved, g)
             self.assertAllClose(state.velocity, v)
@@ -79,7 +85,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         state = state._replace(velocity=tf.ones([3]))
         mean = np.array([1.0, 2.0, 3.0], np.float32)
         _, moved = rule.move(
-            state, tf.zeros([3]), _news(mean, scores=[_INF] * 4), _SIZES
+            state, tf.zeros([3]), _news(rule, mean, scores=[_INF] * 4), _SIZES
         )
         self.assertAllClose(moved, mean)
 
@@ -105,7 +111,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         mean = fit(tf_psops.ParameterAverage())
         for seed in range(4):
             rule = tf_psops.CentroidSwarm(trials=6, social=(0.1, 3.0), seed=seed)
-            trials = [start + c * (mean - start) for _, c in rule.factors(0).numpy()]
+            trials = [start + c * (mean - start) for _, c in _factors(rule, 0)]
             losses = [np.mean((x[16:] @ w - y[16:]) ** 2) for w in trials]
             expected = trials[int(np.argmin(losses))]
             with self.subTest(seed=seed, chosen=int(np.argmin(losses))):
@@ -136,7 +142,7 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
             v = inertia * v + (mean - g)
             g = g + v
             state, moved = rule.move(
-                state, tf.zeros([3], tf.float64), _news(mean, sync), _SIZES
+                state, tf.zeros([3], tf.float64), _news(rule, mean, sync), _SIZES
             )
             self.assertAllClose(moved, g)
             self.assertAllClose(rule.agreed(state, mean), g)
@@ -152,7 +158,7 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
             x = x + rng.normal(size=x.shape)
             mean = x.mean(axis=0)
             moves = [
-                rule.move(state, tf.constant(p), _news(mean, sync), _SIZES)
+                rule.move(state, tf.constant(p), _news(rule, mean, sync), _SIZES)
                 for state, p in zip(states, x)
             ]
             x, c = x - 0.2 * (x - c), c + 0.8 * (mean - c)

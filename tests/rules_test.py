@@ -45,6 +45,12 @@ def _with_factors(r1, r2, **kwargs):
     return rule
 
 
+def _move(rule, state, position, news, sizes):
+    """Moves as a swarm does: the random factors are drawn beforehand."""
+    news = news._replace(factors=rule.factors(news, len(sizes)))
+    return rule.move(state, position, news, sizes)
+
+
 def _fly(rule, start, kicks, fitness, compiled=False):
     """Returns the positions, [S, W, P], and last states of a swarm of W in S syncs.
 
@@ -56,6 +62,7 @@ def _fly(rule, start, kicks, fitness, compiled=False):
         compiled: Whether XLA compiles the rule.
     """
     offer, move = rule.offer, lambda *args: rule.move(*args, _SIZES)
+    draw = functools.partial(rule.factors, num_tensors=len(_SIZES))
     if compiled:
         offer = tf.function(offer, jit_compile=True)
         move = tf.function(move, jit_compile=True)
@@ -67,6 +74,7 @@ def _fly(rule, start, kicks, fitness, compiled=False):
         states, offers = zip(*map(offer, states, positions, fitness[sync]))
         best = offers[np.argmin([offer.score for offer in offers])].vector
         news = [_news(best, particle, sync) for particle in range(len(positions))]
+        news = [n._replace(factors=draw(n)) for n in news]
         states, positions = zip(*map(move, states, positions, news))
         flown.append(np.stack(positions))
     return np.stack(flown), states
@@ -125,7 +133,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         x, best = tf.constant([1.0, 2.0, 3.0]), tf.constant([3.0, 2.0, 1.0])
         state, _ = rule.offer(rule.init(best), best, 0.5)
         state = state._replace(velocity=tf.constant([2.0, 4.0, -2.0]))
-        state, moved = rule.move(state, x, _news([7.0, 0.0, 3.0]), (1, 2))
+        state, moved = _move(rule, state, x, _news([7.0, 0.0, 3.0]), (1, 2))
         # .5*2 + .5*2 + 2*.25*6,  .5*4 + .25*0 + 2*.5*-2,  .5*-2 + .25*-2 + 2*.5*0
         self.assertAllEqual(state.velocity, [5.0, 0.0, -1.5])
         self.assertAllEqual(moved, expected)
@@ -137,12 +145,12 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         state = rule.init(tf.constant([0.0]))
         state, offer = rule.offer(state, tf.constant([4.0]), 1.0)
         self._assert_offer(offer, [4.0], 1.0)
-        state, moved = rule.move(state, tf.constant([4.0]), _news([8.0]), (1,))
+        state, moved = _move(rule, state, tf.constant([4.0]), _news([8.0]), (1,))
         self.assertAllEqual(moved, [6.0])
         # Training leads on to 7, and that is worse: 4 stays the personal best.
         state, offer = rule.offer(state, tf.constant([7.0]), 2.0)
         self._assert_offer(offer, [4.0], 1.0)
-        state, moved = rule.move(state, tf.constant([7.0]), _news([8.0]), (1,))
+        state, moved = _move(rule, state, tf.constant([7.0]), _news([8.0]), (1,))
         self.assertAllEqual(moved, [7.0 + 0.25 * 2 + 0.5 * (4 - 7) + 0.5 * (8 - 7)])
         # As good a place does not take over: an equal score is an equal vector.
         _, offer = rule.offer(state, tf.constant([5.0]), 1.0)
@@ -152,7 +160,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         rule = _with_factors([1.0], [1.0], cognitive=0.5, social=0)
         state, offer = rule.offer(rule.init(tf.ones([1])), tf.constant([3.0]), _INF)
         self._assert_offer(offer, [1.0], _INF)
-        _, moved = rule.move(state, tf.constant([3.0]), _news([9.0]), (1,))
+        _, moved = _move(rule, state, tf.constant([3.0]), _news([9.0]), (1,))
         self.assertAllEqual(moved, [2.0])
 
     @parameterized.product(dtype=_FLOATS, fitness=_FLOATS)
@@ -163,7 +171,8 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         position = tf.fill([6], tf.constant(1 / 3, dtype))
         state, offer = rule.offer(rule.init(position), position, tf.ones([], fitness))
         news = _news(offer.vector)
-        for value in tf.nest.flatten([offer, rule.move(state, position, news, _SIZES)]):
+        moved = _move(rule, state, position, news, _SIZES)
+        for value in tf.nest.flatten([offer, moved]):
             self.assertEqual(value.dtype, dtype)
         self.assertAllEqual(offer.vector, position)
 

@@ -193,12 +193,14 @@ class Synchronizer:
         def learn(replica):
             self._vector[replica].assign(vectors[replica])
             self._averaged.unpack(replica, extras[replica])
-            return rule_lib.News(
+            news = rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, self._weights.dtype),
                 particle=self._collectives.first_particle + replica,
                 sync=sync,
             )
+            factors = self._rule.factors(news, len(self._weights.sizes))
+            return news._replace(factors=factors)
 
         news = self._on_devices(learn)
         if self._rule.num_trials:

@@ -330,7 +330,12 @@ def train_dataset(
     def look_up(rows):
         return _scale(tf.gather(images, rows)), tf.gather(labels, rows)
 
-    return tf.data.Dataset.from_tensor_slices(indices).map(look_up).prefetch(2)
+    batches = tf.data.Dataset.from_tensor_slices(indices).map(look_up).prefetch(2)
+    # Nothing here is tuned, and with several devices tf.data may wait up to a minute
+    # for its tuning thread when an iterator ends (seen with TensorFlow 2.21).
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.with_options(options)
 
 
 def test_dataset(data: ImageData, batch_size: int) -> tf.data.Dataset:

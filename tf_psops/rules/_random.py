@@ -1,4 +1,4 @@
-"""Random numbers that are the same on every device, compiled or not."""
+"""Random numbers that depend on a seed and counters alone, on every device."""
 
 import tensorflow as tf
 

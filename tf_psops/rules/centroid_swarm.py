@@ -85,12 +85,14 @@ class CentroidSwarm(Rule):
         """Returns the state of a swarm at rest."""
         return CentroidSwarmState(tf.identity(position), tf.zeros_like(position))
 
-    def factors(self, sync):
+    def factors(self, news, num_tensors):
         """Returns the inertia and social factor of each trial, [K, 2].
 
         They depend on (seed, sync) alone, so that all particles have the same.
         """
-        draws = _random.uniform([self.num_trials, 2], _random.key(self.seed, sync))
+        del num_tensors
+        key = _random.key(self.seed, news.sync)
+        draws = _random.uniform([self.num_trials, 2], key)
         low = tf.constant([0.0, self.social[0]])
         high = tf.constant([self.inertia, self.social[1]])
         drawn = low + (high - low) * draws
@@ -116,7 +118,7 @@ class CentroidSwarm(Rule):
 
     def _velocity(self, number, state, news):
         # Not by slicing: XLA would compile the rule anew for each number.
-        factors = tf.gather(self.factors(news.sync), number)
+        factors = tf.gather(news.factors, number)
         factors = tf.cast(factors, news.vector.dtype)
         displacement = news.vector - state.position
         return factors[0] * state.velocity + factors[1] * displacement

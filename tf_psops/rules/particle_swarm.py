@@ -108,7 +108,7 @@ class ParticleSwarm(Rule):
 
     def move(self, state, position, news, sizes):
         """Returns the state and position after one PSO step; see `Rule.move`."""
-        factors = tf.cast(self.factors(news, len(sizes)), position.dtype)
+        factors = tf.cast(news.factors, position.dtype)
         velocity = (
             self.inertia * state.velocity
             + _spread(self.cognitive * factors[0], sizes)

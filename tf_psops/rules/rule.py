@@ -41,6 +41,7 @@ class News(NamedTuple):
             synchronisation, infinite for a particle that is out of order.
         particle: Scalar int32, the index of this particle, 0 to W - 1.
         sync: Scalar int32, the number of this synchronisation, from 0.
+        factors: What the rule's `factors` gave.
         scores: [K], the mean loss over the swarm of each trial position, infinite
             where a loss was not finite; `None` before the trials are scored, and for
             a rule without trials.
@@ -50,6 +51,7 @@ class News(NamedTuple):
     fitness: tf.Tensor
     particle: tf.Tensor
     sync: tf.Tensor
+    factors: Any = None
     scores: tf.Tensor | None = None
 
 
@@ -57,8 +59,8 @@ class Rule:
     """How the particles of a swarm move at a synchronisation.
 
     A rule of one's own is a subclass with `exchange` and `move`, and what else it
-    needs of the other functions. All of them are compiled by XLA: they take and
-    return tensors of fixed shapes. A state is a `NamedTuple` of tensors.
+    needs of the other functions. All of them but `factors` are compiled by XLA: they
+    take and return tensors of fixed shapes. A state is a `NamedTuple` of tensors.
 
     Example:
 
@@ -100,6 +102,19 @@ class Rule:
                 synchronisation; infinite where the loss or a weight was not finite.
         """
         return state, Offer(position, fitness)
+
+    def factors(self, news: News, num_tensors) -> Any:
+        """Returns what is random in the particle's moves, for `News.factors`.
+
+        Apart from `move`, because XLA takes long to compile random numbers, and makes
+        other ones of the same seed.
+
+        Args:
+            news: What the particle knows before the trials are scored.
+            num_tensors: The number of weight tensors in the position.
+        """
+        del news, num_tensors
+        return None
 
     def trial(self, number, state, news: News, sizes) -> tf.Tensor:
         """Returns a trial position, [P], to be scored by the whole swarm.
