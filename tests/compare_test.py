@@ -1,0 +1,183 @@
+"""Tests of `trainers.compare`: equal work, resuming, tables and plots."""
+
+import json
+import math
+import pathlib
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import flags
+from absl.testing import flagsaver, parameterized
+
+import tf_psops
+from trainers import compare, comparison, datasets, report
+
+_SETTINGS = {
+    "dataset": "digits",
+    "model": "mlp",
+    "particles": 2,
+    "batch_size": 32,
+    "epochs": 1,
+    "shards_per_worker": 2,
+}
+_FILES = (
+    "results.md",
+    "accuracy_by_interval.png",
+    "accuracy_by_bytes.png",
+    "loss_by_step.png",
+)
+
+
+def _record(method, interval, seed, accuracy):
+    return {
+        **comparison.Cell(method, interval, "full", 0.1, seed)._asdict(),
+        "test_accuracy": accuracy,
+        "bytes_per_worker": 100.0,
+        "curve": [[1, 2.0], [2, 1.0]],
+        "seconds": 1.0,
+    }
+
+
+class CompareTest(tf.test.TestCase, parameterized.TestCase):
+    def test_runs_writes_and_goes_on_where_it_was(self):
+        folder = pathlib.Path(self.get_temp_dir())
+        methods = ["average", "pso", "ssgd", "local"]
+
+        def run(seeds):
+            return compare.compare(
+                _SETTINGS, methods, [4, 10], ["full"], [0.1], seeds, folder
+            )
+
+        self.assertEqual(run(seeds=1), 0)
+        for name in _FILES:
+            self.assertGreater((folder / name).stat().st_size, 100, name)
+        records = json.loads((folder / "results.json").read_text())
+        by_place = {(r["method"], r["interval"]): r for r in records}
+        self.assertCountEqual(
+            by_place,
+            [("average", 4), ("average", 10), ("pso", 4), ("pso", 10)]
+            + [("ssgd", 1), ("local", 0)],
+        )
+        steps = 1437 // 64
+        weights = 4 * (64 * 128 + 128 + 128 * 10 + 10)
+        for (method, interval), record in by_place.items():
+            syncs = {0: 0, 1: steps}.get(interval, math.ceil(steps / (interval or 1)))
+            self.assertEqual(record["syncs"], syncs, (method, interval))
+            self.assertEqual(record["steps"], steps)
+            scalars = 300 * syncs
+            moved = record["bytes_per_worker"]
+            self.assertBetween(moved, syncs * weights, syncs * weights + scalars)
+            self.assertEqual([step for step, _ in record["curve"]], [*range(1, 23)])
+        # The same weights and batches for all: the first losses are equal.
+        first = {record["curve"][0][1] for record in records}
+        self.assertLen({round(loss, 5) for loss in first}, 1)
+        self.assertGreater(
+            by_place["average", 4]["test_accuracy"],
+            by_place["local", 0]["test_accuracy"],
+        )
+
+        with mock.patch.object(comparison.Comparison, "run") as rerun:
+            self.assertEqual(run(seeds=1), 0)
+            rerun.assert_not_called()
+            rerun.side_effect = ValueError("broken")
+            self.assertEqual(run(seeds=2), 6)
+            self.assertEqual(rerun.call_count, 6)
+        self.assertLen(json.loads((folder / "results.json").read_text()), 6)
+        with self.assertRaisesRegex(ValueError, "other settings|Choose another"):
+            comparison.Runner({**_SETTINGS, "epochs": 2}, folder / "results.json")
+
+    def test_a_cell_repeats_bit_for_bit_after_another(self):
+        swarm = comparison.Comparison(**_SETTINGS)
+        cell = comparison.Cell("pso", 5, "label", 0.1, seed=1)
+        first = swarm.run(cell)
+        swarm.run(cell._replace(seed=2, partition="iid"))
+        again = swarm.run(cell)
+        for name in ("test_loss", "test_accuracy", "curve", "syncs"):
+            self.assertEqual(again[name], first[name])
+
+    def test_learning_rates_are_chosen_on_held_out_training_data(self):
+        data = datasets.load("digits")
+        held_out = comparison.Comparison(**_SETTINGS)._data[True]
+        images = {image.tobytes() for image in held_out.test_images}
+        images |= {image.tobytes() for image in held_out.train_images}
+        self.assertEqual(images, {image.tobytes() for image in data.train_images})
+        self.assertLen(held_out.test_labels, 144)
+
+        def run(_, cell):
+            # The test set likes 0.1 best, the held-out examples 0.2.
+            liked = 0.2 if cell.held_out else 0.1
+            accuracy = 0.9 - abs(cell.learning_rate - liked)
+            return _record(*cell[:2], cell.seed, accuracy) | cell._asdict()
+
+        folder = pathlib.Path(self.get_temp_dir())
+        with mock.patch.object(comparison.Comparison, "run", run):
+            compare.compare(
+                _SETTINGS, ["average"], [5], ["full"], [0.1, 0.2, 0.4], 2, folder
+            )
+        records = json.loads((folder / "results.json").read_text())
+        final = [r["learning_rate"] for r in records if not r["held_out"]]
+        self.assertEqual(final, [0.2, 0.2])
+        self.assertIn("| average | 0.2 |", (folder / "results.md").read_text())
+
+    @parameterized.parameters(
+        ("--methods=average,gossip", "methods"),
+        ("--intervals=0", "intervals"),
+        ("--intervals=ten", "intervals"),
+        ("--partition=full,half", "partition"),
+        ("--learning_rates=0.1,-1", "learning_rates"),
+        ("--learning_rates=fast", "learning_rates"),
+        ("--seeds=0", "seeds"),
+    )
+    def test_refuses_flag(self, argument, name):
+        with (
+            flagsaver.flagsaver(),
+            self.assertRaisesRegex(flags.IllegalFlagValueError, name),
+        ):
+            flags.FLAGS(["compare", "--output_dir=x", argument])
+
+
+class ReportTest(tf.test.TestCase):
+    def test_table_by_hand(self):
+        records = [
+            _record("average", 10, 0, 0.90),
+            _record("average", 10, 1, 0.92),
+            _record("pso", 10, 0, 0.93),
+            _record("pso", 10, 1, 0.93),
+        ]
+        table = report.markdown(records)
+        # Of .90 and .92 the standard deviation is sqrt(2) points, the error 1.
+        self.assertIn("| average | 91.00 ± 1.00 |", table)
+        self.assertIn("| pso | **93.00 ± 0.00** |", table)
+        self.assertIn("| pso | +2.00 ± 1.00 | +2.00 ± 1.00 |", table)
+        self.assertIn("over 2 seeds", table)
+
+
+class ShareGradientsTest(tf.test.TestCase):
+    def test_is_synchronous_sgd(self):
+        data = datasets.load("digits")
+        dataset = datasets.train_dataset(
+            data, num_particles=3, batch_size=8, epochs=1, seed=0
+        ).take(6)
+
+        def fit(strategy):
+            with strategy.scope():
+                layers = [keras.layers.Flatten(), keras.layers.Dense(10)]
+                model = keras.Sequential([keras.layers.Input([8, 8, 1]), *layers])
+                loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+                model.compile(keras.optimizers.SGD(0.1, momentum=0.9), loss)
+            model.set_weights([np.zeros([64, 10]), np.zeros(10)])
+            model.fit(dataset, verbose=0)
+            return model
+
+        strategy = tf_psops.SwarmStrategy.in_process(3, share_gradients=True)
+        model = fit(strategy)
+        plain = fit(tf.distribute.get_strategy())
+        for variable, expected in zip(model.trainable_variables, plain.get_weights()):
+            for copy in strategy.experimental_local_results(variable.value):
+                self.assertAllClose(copy, expected, rtol=0, atol=1e-6)
+
+
+if __name__ == "__main__":
+    tf.test.main()

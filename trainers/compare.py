@@ -1,0 +1,220 @@
+r"""Compares synchronisation rules on equal work.
+
+```bash
+python -m trainers.compare --dataset=mnist --model=lenet \
+    --methods=ssgd,average,slowmo,pso --intervals=10,50 \
+    --partition=full,iid,label --seeds=3 --epochs=2 --output_dir=runs/mnist
+```
+
+All methods train the same network from the same weights on the same batches. The
+folder gets `results.json` (one record for each run), `results.md` (tables) and the
+plots. A call that is interrupted goes on where it was when it is repeated.
+
+With several `--learning_rates` each method gets its own best for each interval and
+partition, chosen on a tenth of the training set that is held out for it.
+"""
+
+import collections
+import itertools
+import json
+import math
+import os
+import pathlib
+import statistics
+
+import tensorflow as tf
+import tqdm
+from absl import app, flags, logging
+
+from trainers import comparison, datasets, models, report
+from trainers.files import write_text
+
+_DATASET = flags.DEFINE_enum("dataset", "digits", datasets.NAMES, "Data set.")
+_DATA_DIR = flags.DEFINE_string(
+    "data_dir", None, "Folder of TensorFlow Datasets, for mnist and cifar10."
+)
+_MODEL = flags.DEFINE_enum("model", "lenet", models.NAMES, "Network.")
+_METHODS = flags.DEFINE_list(
+    "methods", ["average", "pso"], f"Methods: {', '.join(comparison.METHODS)}."
+)
+_INTERVALS = flags.DEFINE_list("intervals", ["10"], "Synchronisation intervals.")
+_PARTITION = flags.DEFINE_list(
+    "partition", ["full"], f"Partitions: {', '.join(datasets.PARTITIONS)}."
+)
+_SHARDS = flags.DEFINE_integer(
+    "shards_per_worker", 2, "Label shards of each particle.", lower_bound=1
+)
+_LEARNING_RATES = flags.DEFINE_list("learning_rates", ["0.05"], "Learning rates.")
+_PARTICLES = flags.DEFINE_integer("particles", 8, "Particles.", lower_bound=1)
+_BATCH_SIZE = flags.DEFINE_integer(
+    "batch_size", 32, "Examples per particle and step.", lower_bound=1
+)
+_EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the data.", lower_bound=1)
+_SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds, from 0.", lower_bound=1)
+_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.")
+_FLAGS = (
+    _DATASET,
+    _DATA_DIR,
+    _MODEL,
+    _METHODS,
+    _INTERVALS,
+    _PARTITION,
+    _SHARDS,
+    _LEARNING_RATES,
+    _PARTICLES,
+    _BATCH_SIZE,
+    _EPOCHS,
+    _SEEDS,
+    _OUTPUT_DIR,
+)
+
+flags.mark_flag_as_required("output_dir")
+flags.register_validator(
+    "methods",
+    lambda names: names and set(names) <= set(comparison.METHODS),
+    message=f"Expected some of {tuple(comparison.METHODS)}, separated by commas.",
+)
+flags.register_validator(
+    "partition",
+    lambda names: names and set(names) <= set(datasets.PARTITIONS),
+    message=f"Expected some of {datasets.PARTITIONS}, separated by commas.",
+)
+flags.register_validator(
+    "intervals",
+    lambda texts: texts and all(t.isdigit() and int(t) > 0 for t in texts),
+    message="Expected whole numbers of at least 1, separated by commas.",
+)
+
+
+@flags.validator("learning_rates", message="Expected numbers above 0, with commas.")
+def _are_rates(texts):
+    try:
+        return bool(texts) and all(0 < float(text) < math.inf for text in texts)
+    except ValueError:
+        return False
+
+
+def compare(
+    settings,
+    methods,
+    intervals,
+    partitions,
+    learning_rates,
+    seeds,
+    output_dir,
+    data_dir=None,
+):
+    """Runs a comparison, as far as it is not done yet, and writes its results.
+
+    Args:
+        settings: The arguments of `comparison.Comparison` but `data_dir`, as a dict.
+        methods: Names out of `comparison.METHODS`.
+        intervals: Synchronisation intervals, ints.
+        partitions: Names out of `datasets.PARTITIONS`.
+        learning_rates: Learning rates; of several, each method gets its own best.
+        seeds: The number of seeds.
+        output_dir: A `pathlib.Path` of a folder.
+        data_dir: Folder of TensorFlow Datasets. Defaults to its own default.
+
+    Returns:
+        The number of cells that failed.
+
+    Raises:
+        ValueError: If the folder holds results of other settings.
+
+    Example:
+
+    ```python
+    settings = {
+        "dataset": "digits", "model": "lenet", "particles": 8, "batch_size": 32,
+        "epochs": 2, "shards_per_worker": 2,
+    }
+    folder = pathlib.Path("runs/digits")
+    compare(settings, ["average", "pso"], [10], ["full"], [0.05], 3, folder)
+    ```
+    """
+    places = list(
+        dict.fromkeys(
+            (method, comparison.interval_of(method, interval), partition)
+            for method, interval, partition in itertools.product(
+                methods, intervals, partitions
+            )
+        )
+    )
+    runner = comparison.Runner(settings, output_dir / "results.json", data_dir)
+    rates = {place: learning_rates[0] for place in places}
+    if len(learning_rates) > 1:
+        tuning = [
+            comparison.Cell(*place, rate, seed=0, held_out=True)
+            for place in places
+            for rate in learning_rates
+        ]
+        rates = _best_rates(_run(runner, tuning, "choosing learning rates"))
+    cells = [
+        comparison.Cell(*place, rates[place], seed)
+        for place in places
+        if place in rates
+        for seed in range(seeds)
+    ]
+    records = _run(runner, cells, "comparing")
+    if records:
+        table = report.markdown(records)
+        if len(learning_rates) > 1:
+            table += "\n" + report.learning_rates(records)
+        write_text(output_dir / "results.md", table)
+        report.plot_all(records, output_dir)
+        print(table)
+    return runner.num_failed
+
+
+def _run(runner, cells, title):
+    """Returns the records of all cells that do not fail, behind a progress bar."""
+    records = []
+    with tqdm.tqdm(cells, desc=title, unit="run") as progress:
+        for cell in progress:
+            record = runner.run(cell, report=progress.write)
+            if record is not None:
+                records.append(record)
+    return records
+
+
+def _best_rates(records):
+    """Returns the learning rate of the highest accuracy at each place."""
+    accuracies = collections.defaultdict(lambda: collections.defaultdict(list))
+    for record in records:
+        place = (record["method"], record["interval"], record["partition"])
+        accuracies[place][record["learning_rate"]].append(record["test_accuracy"])
+    return {
+        place: max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
+        for place, by_rate in accuracies.items()
+    }
+
+
+def main(argv):
+    """Runs the comparison that the flags describe."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
+    if not flags.FLAGS["verbosity"].present:
+        logging.set_verbosity(logging.WARNING)
+        tf.get_logger().setLevel("WARNING")
+    output_dir = pathlib.Path(_OUTPUT_DIR.value)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    arguments = {flag.name: flag.value for flag in _FLAGS}
+    write_text(output_dir / "flags.json", json.dumps(arguments, indent=2) + os.linesep)
+
+    settings = (_DATASET, _MODEL, _PARTICLES, _BATCH_SIZE, _EPOCHS, _SHARDS)
+    num_failed = compare(
+        {flag.name: flag.value for flag in settings},
+        _METHODS.value,
+        [int(interval) for interval in _INTERVALS.value],
+        _PARTITION.value,
+        [float(rate) for rate in _LEARNING_RATES.value],
+        _SEEDS.value,
+        output_dir,
+        _DATA_DIR.value,
+    )
+    return 1 if num_failed else 0
+
+
+if __name__ == "__main__":
+    app.run(main)

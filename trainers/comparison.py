@@ -1,0 +1,316 @@
+"""Runs the methods that `trainers.compare` compares, cell by cell, through `fit`."""
+
+import functools
+import json
+import time
+from typing import NamedTuple
+
+import keras
+import numpy as np
+
+import tf_psops
+from trainers import datasets, evaluation, models
+from trainers.files import write_text
+
+HELD_OUT = 0.1
+"""The share of the training set that learning rates are chosen on."""
+
+
+class Method(NamedTuple):
+    """One way of training that takes part in a comparison.
+
+    Attributes:
+        make_rule: Makes the rule of its `PSOSync`; `None` for no synchronisation.
+        share_gradients: Whether gradients are all-reduced at every step.
+    """
+
+    make_rule: object = None
+    share_gradients: bool = False
+
+
+METHODS = {
+    "local": Method(),
+    "ssgd": Method(share_gradients=True),
+    "average": Method(tf_psops.ParameterAverage),
+    "easgd": Method(tf_psops.ElasticAverage),
+    "slowmo": Method(functools.partial(tf_psops.SlowMomentum, 0.5)),
+    "slowmo_0.3": Method(functools.partial(tf_psops.SlowMomentum, 0.3)),
+    "pso_paper": Method(tf_psops.ParticleSwarm),
+    "pso": Method(tf_psops.CentroidSwarm),
+}
+
+
+def interval_of(method, interval):
+    """Returns the interval at which a method runs: 1 for "ssgd", 0 for "local"."""
+    return {"local": 0, "ssgd": 1}.get(method, interval)
+
+
+class Cell(NamedTuple):
+    """One run of a comparison.
+
+    Attributes:
+        method: One of `METHODS`.
+        interval: Local steps between synchronisations; 1 for "ssgd", 0 for "local".
+        partition: One of `datasets.PARTITIONS`.
+        learning_rate: The highest learning rate, after warming up.
+        seed: Seed of the initial weights, the partition and the order of the data.
+        held_out: Whether the run trains without the held-out part of the training
+            set and is evaluated on it, to choose a learning rate.
+    """
+
+    method: str
+    interval: int
+    partition: str
+    learning_rate: float
+    seed: int
+    held_out: bool = False
+
+
+class Comparison:
+    """Runs cells of one comparison in this process, one after the other.
+
+    All methods have the same initial weights and the same batches for the same seed
+    and particle, and the same optimizer: SGD with momentum 0.9, whose learning rate
+    rises over the first twentieth of the steps and falls to 0 by a cosine.
+
+    Args:
+        dataset: One of `datasets.NAMES`.
+        model: One of `models.NAMES`.
+        particles: Number of particles.
+        batch_size: Examples per particle and step.
+        epochs: Passes of the whole swarm over the training data.
+        shards_per_worker: Label shards per particle of the partition "label".
+        data_dir: Folder of TensorFlow Datasets. Defaults to its own default.
+    """
+
+    def __init__(
+        self,
+        dataset,
+        model,
+        particles,
+        batch_size,
+        epochs,
+        shards_per_worker,
+        data_dir=None,
+    ):
+        self._model_name = model
+        self._epochs = epochs
+        self._shards = shards_per_worker
+        self._swarm = {"num_particles": particles, "batch_size": batch_size}
+        # Before TensorFlow Datasets, which would initialise TensorFlow's devices.
+        self._strategies = {
+            share: tf_psops.SwarmStrategy.in_process(particles, share_gradients=share)
+            for share in (False, True)
+        }
+        data = datasets.load(dataset, data_dir)
+        self._data = {False: data, True: _hold_out(data)}
+        self._compiled = {}
+        self._initial_weights = functools.cache(
+            lambda seed: self._build(seed).get_weights()
+        )
+
+    def steps(self, held_out=False):
+        """Returns the local steps of a run."""
+        examples = len(self._data[held_out].train_labels)
+        return self._epochs * datasets.steps_per_epoch(examples, **self._swarm)
+
+    def run(self, cell):
+        """Trains one cell.
+
+        Args:
+            cell: A `Cell`.
+
+        Returns:
+            Its record: a dict that JSON can hold.
+        """
+        data = self._data[cell.held_out]
+        steps = self.steps(cell.held_out)
+        network, sync = self._compile(cell, steps)
+        _start_anew(network, self._initial_weights(cell.seed))
+        test = datasets.test_dataset(data, batch_size=500)
+        particle_evaluation = evaluation.ParticleEvaluation(test)
+        curve = _Curve(every=max(1, steps // 50))
+        callbacks = [curve, particle_evaluation]
+        if sync is not None:
+            sync.sync_every = cell.interval
+            callbacks.append(sync)
+        start = time.perf_counter()
+        network.fit(
+            datasets.train_dataset(
+                data,
+                epochs=self._epochs,
+                seed=cell.seed,
+                partition=cell.partition,
+                shards_per_worker=self._shards,
+                **self._swarm,
+            ),
+            epochs=self._epochs,
+            steps_per_epoch=steps // self._epochs,
+            shuffle=False,
+            verbose=0,
+            callbacks=callbacks,
+        )
+        seconds = time.perf_counter() - start
+        particles_accuracy = float(
+            np.mean([score.accuracy for score in particle_evaluation.scores])
+        )
+        score = evaluation.evaluate_swarm(network, test)
+        if cell.method == "local":  # There is no agreed model.
+            score = evaluation.Score(
+                float(np.mean([s.loss for s in particle_evaluation.scores])),
+                particles_accuracy,
+            )
+        syncs = steps if cell.method == "ssgd" else sync.num_syncs if sync else 0
+        weights = sum(int(np.prod(v.shape)) for v in network.trainable_variables)
+        return {
+            **cell._asdict(),
+            "test_accuracy": score.accuracy,
+            "test_loss": score.loss,
+            "swarm_mean_accuracy": particles_accuracy,
+            "bytes_per_worker": sync.bytes_moved if sync else syncs * weights * 4,
+            "syncs": syncs,
+            "seconds": seconds,
+            "sync_seconds": sync.sync_seconds if sync else None,
+            "steps": steps,
+            "curve": curve.points,
+        }
+
+    def _compile(self, cell, steps):
+        """Returns the compiled network and its `PSOSync`; alike cells share them."""
+        key = (cell.method, cell.learning_rate, steps)
+        if key not in self._compiled:
+            self._compiled.clear()
+            keras.backend.clear_session()
+            method = METHODS[cell.method]
+            with self._strategies[method.share_gradients].scope():
+                network = self._build(seed=0)
+                schedule = keras.optimizers.schedules.CosineDecay(
+                    0.0,
+                    steps - steps // 20,
+                    warmup_target=cell.learning_rate,
+                    warmup_steps=steps // 20,
+                )
+                network.compile(
+                    optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
+                    loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                )
+            rule = method.make_rule and method.make_rule()
+            sync = rule and tf_psops.PSOSync(1, rule)
+            self._compiled[key] = network, sync
+        return self._compiled[key]
+
+    def _build(self, seed):
+        data = self._data[False]
+        return models.build(
+            self._model_name, data.train_images.shape[1:], data.num_classes, seed
+        )
+
+
+class Runner:
+    """Runs cells that are not in the file of results yet, and keeps what is done.
+
+    Args:
+        settings: The arguments of `Comparison` but `data_dir`, as a dict.
+        path: A `pathlib.Path` of the results, a JSON list of records. Each finished
+            cell is written at once, so that a later call goes on from there.
+        data_dir: See `Comparison`.
+
+    Raises:
+        ValueError: If the file holds runs with other settings.
+
+    Attributes:
+        num_failed: The number of cells that failed.
+    """
+
+    def __init__(self, settings, path, data_dir=None):
+        # Not before there is something to run: it loads the data.
+        self._make_comparison = functools.cache(
+            lambda: Comparison(**settings, data_dir=data_dir)
+        )
+        self._settings = settings
+        self._path = path
+        records = json.loads(path.read_text()) if path.exists() else []
+        for record in records:
+            if record["settings"] != settings:
+                raise ValueError(
+                    f"{path} holds runs with the settings {record['settings']}. "
+                    f"Expected {settings}, to go on from there. Choose another output "
+                    "folder, or the same settings."
+                )
+        self._done = {_cell_of(record): record for record in records}
+        self.num_failed = 0
+
+    def run(self, cell, report=print):
+        """Returns the record of a cell, or `None` if it fails.
+
+        Args:
+            cell: A `Cell`.
+            report: Called with a line of text for a cell that is run. Defaults to
+                `print`.
+        """
+        if cell in self._done:
+            return self._done[cell]
+        comparison = self._make_comparison()
+        try:
+            record = comparison.run(cell)
+        except Exception as error:  # One cell must not cost the others.
+            self.num_failed += 1
+            report(f"FAILED {cell}: {type(error).__name__}: {error}")
+            return None
+        record["settings"] = self._settings
+        self._done[cell] = record
+        write_text(self._path, json.dumps(list(self._done.values()), indent=1) + "\n")
+        report(
+            f"{cell.method}, n={cell.interval}, {cell.partition}, "
+            f"lr={cell.learning_rate:g}, seed={cell.seed}: "
+            f"{100 * record['test_accuracy']:.2f} % in {record['seconds']:.0f} s"
+        )
+        return record
+
+
+def _cell_of(record):
+    return Cell(**{field: record[field] for field in Cell._fields})
+
+
+def _hold_out(data):
+    """Returns the training set split into a smaller one and a held-out test set."""
+    order = np.random.default_rng(0).permutation(len(data.train_labels))
+    cut = int(len(order) * (1 - HELD_OUT))
+    train, held_out = order[:cut], order[cut:]
+    return data._replace(
+        train_images=data.train_images[train],
+        train_labels=data.train_labels[train],
+        test_images=data.train_images[held_out],
+        test_labels=data.train_labels[held_out],
+    )
+
+
+def _start_anew(network, weights):
+    """Gives a compiled network its initial weights and an optimizer at rest."""
+    network.set_weights(weights)
+    for variable in network.optimizer.variables:
+        variable.assign(np.zeros(variable.shape, variable.dtype))
+
+
+class _Curve(keras.callbacks.Callback):
+    """Notes the mean training loss of the local particles every few steps."""
+
+    def __init__(self, every):
+        super().__init__()
+        self._every = every
+        self._steps = 0
+        self._noted = (0, 0.0)
+        self.points = []
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._noted = (0, 0.0)
+
+    def on_train_batch_end(self, batch, logs=None):
+        self._steps += 1
+        if self._steps % self._every:
+            return
+        # Keras tells the mean since the epoch began.
+        count, total = batch + 1, (batch + 1) * float(logs["loss"])
+        mean = (total - self._noted[1]) / (count - self._noted[0])
+        self._noted = (count, total)
+        self.points.append([self._steps, mean])

@@ -1,0 +1,275 @@
+"""Tables and plots of a comparison's records."""
+
+import collections
+import math
+import statistics
+
+import matplotlib
+import numpy as np
+
+matplotlib.use("Agg")  # Files only: no display is needed.
+
+from matplotlib import pyplot as plt  # noqa: E402
+
+from trainers import comparison  # noqa: E402
+
+# Okabe & Ito's colours, which colour-blind readers can tell apart, and markers.
+_STYLES = {
+    "pso": ("#0072B2", "o"),
+    "average": ("#D55E00", "s"),
+    "slowmo": ("#009E73", "^"),
+    "slowmo_0.3": ("#56B4E9", "v"),
+    "easgd": ("#CC79A7", "D"),
+    "pso_paper": ("#E69F00", "X"),
+    "ssgd": ("#000000", "*"),
+    "local": ("#999999", "P"),
+}
+
+
+def markdown(records):
+    """Writes the test accuracies as Markdown tables.
+
+    Args:
+        records: A list of records of `comparison.Comparison.run`.
+
+    Returns:
+        A table of mean +- standard error in percent, the best of each column in
+        bold, and a table of each method's difference from "average", paired by seed.
+    """
+    cells = _by_cell(records)
+    methods = _methods(records)
+    columns = _columns(records)
+    seeds = {len(runs) for runs in cells.values()}
+    texts = {method: [] for method in methods}
+    lines = [
+        f"Test accuracy in percent, mean ± standard error over {_range(seeds)} seeds.",
+        "",
+        _row("method", [f"{partition}, n={n}" for partition, n in columns]),
+        _row("---", ["---:"] * len(columns)),
+    ]
+    for column in columns:
+        stands = {
+            method: [
+                100 * run["test_accuracy"]
+                for run in cells.get((method, *_place(method, column)), {}).values()
+            ]
+            for method in methods
+        }
+        best = max(statistics.mean(values) for values in stands.values() if values)
+        for method, values in stands.items():
+            text = ""
+            if values:
+                mean = statistics.mean(values)
+                text = f"{mean:.2f} ± {_standard_error(values):.2f}"
+                text = f"**{text}**" if mean == best else text
+            texts[method].append(text)
+    lines += [_row(method, texts[method]) for method in methods]
+    if "average" in methods and len(methods) > 1:
+        lines += ["", *_differences(cells, methods, columns, "average")]
+    return "\n".join(lines) + "\n"
+
+
+def learning_rates(records):
+    """Returns a Markdown table of the learning rate of each run's place."""
+    lines = ["Learning rates, chosen on held-out training data.", ""]
+    columns = _columns(records)
+    cells = _by_cell(records)
+    lines.append(_row("method", [f"{partition}, n={n}" for partition, n in columns]))
+    lines.append(_row("---", ["---:"] * len(columns)))
+    for method in _methods(records):
+        runs = [cells.get((method, *_place(method, column)), {}) for column in columns]
+        rates = [{f"{r['learning_rate']:g}" for r in run.values()} for run in runs]
+        lines.append(_row(method, [", ".join(sorted(rate)) for rate in rates]))
+    return "\n".join(lines) + "\n"
+
+
+def plot_all(records, folder):
+    """Draws the plots of a comparison into PNG files.
+
+    Args:
+        records: A list of records of `comparison.Comparison.run`.
+        folder: A `pathlib.Path`.
+    """
+    _plot_accuracy(records, folder / "accuracy_by_interval.png", by_bytes=False)
+    _plot_accuracy(records, folder / "accuracy_by_bytes.png", by_bytes=True)
+    _plot_loss(records, folder / "loss_by_step.png")
+
+
+def _differences(cells, methods, columns, peer):
+    """Returns the table of differences from a peer; the last column is their mean."""
+    lines = [
+        f"Difference from `{peer}` in percentage points, paired by seed, ± standard "
+        "error; the last column is the mean over the cells.",
+        "",
+        _row(
+            "method",
+            [f"{partition}, n={n}" for partition, n in columns] + ["all cells"],
+        ),
+        _row("---", ["---:"] * (len(columns) + 1)),
+    ]
+    for method in methods:
+        if method == peer:
+            continue
+        texts, means, errors = [], [], []
+        for column in columns:
+            runs = cells.get((method, *_place(method, column)), {})
+            peers = cells.get((peer, *_place(peer, column)), {})
+            pairs = [
+                100 * (run["test_accuracy"] - peers[seed]["test_accuracy"])
+                for seed, run in runs.items()
+                if seed in peers
+            ]
+            if not pairs:
+                texts.append("")
+                continue
+            means.append(statistics.mean(pairs))
+            errors.append(_standard_error(pairs))
+            texts.append(f"{means[-1]:+.2f} ± {errors[-1]:.2f}")
+        if means:
+            error = math.hypot(*errors) / len(errors)
+            texts.append(f"{statistics.mean(means):+.2f} ± {error:.2f}")
+        lines.append(_row(method, texts))
+    return lines
+
+
+def _plot_accuracy(records, path, by_bytes):
+    cells = _by_cell(records)
+    partitions = list(dict.fromkeys(r["partition"] for r in records))
+    figure, axes = _panels(1, len(partitions))
+    for axis, partition in zip(axes[0], partitions):
+        for method in _methods(records):
+            keys = sorted(k for k in cells if k[0] == method and k[2] == partition)
+            if not keys:
+                continue
+            runs = [list(cells[key].values()) for key in keys]
+            values = [[100 * r["test_accuracy"] for r in group] for group in runs]
+            mean = np.array([statistics.mean(v) for v in values])
+            error = np.array([_standard_error(v) for v in values])
+            color, marker = _STYLES[method]
+            if not by_bytes and method in ("local", "ssgd"):
+                axis.axhline(mean[0], color=color, linestyle="--", label=method)
+                continue
+            x = [
+                statistics.mean(r["bytes_per_worker"] for r in group) / 1e6
+                if by_bytes
+                else key[1]
+                for key, group in zip(keys, runs)
+            ]
+            if by_bytes and method == "local":
+                continue
+            axis.plot(x, mean, color=color, marker=marker, label=method)
+            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2)
+        axis.set_xscale("log")
+        if not by_bytes:
+            intervals = sorted({n for _, n in _columns(records)})
+            axis.set_xticks(intervals, map(str, intervals), minor=False)
+            axis.minorticks_off()
+        axis.set_title(f"partition: {partition}")
+        axis.set_xlabel(
+            "MB moved to each worker"
+            if by_bytes
+            else "synchronisation interval (steps)"
+        )
+        axis.set_ylabel("test accuracy (%)")
+    _save(figure, axes, path)
+
+
+def _plot_loss(records, path):
+    columns = _columns(records)
+    partitions = list(dict.fromkeys(partition for partition, _ in columns))
+    intervals = list(dict.fromkeys(n for _, n in columns))
+    cells = _by_cell(records)
+    figure, axes = _panels(len(partitions), len(intervals))
+    for i, partition in enumerate(partitions):
+        for j, interval in enumerate(intervals):
+            axis = axes[i][j]
+            for method in _methods(records):
+                runs = cells.get((method, *_place(method, (partition, interval))))
+                if not runs:
+                    continue
+                curves = np.array([run["curve"] for run in runs.values()])
+                steps, losses = curves[0, :, 0], curves[:, :, 1]
+                mean = losses.mean(axis=0)
+                error = losses.std(axis=0, ddof=min(1, len(losses) - 1))
+                error /= math.sqrt(len(losses))
+                color, marker = _STYLES[method]
+                axis.plot(
+                    steps, mean, color=color, marker=marker, markevery=10, label=method
+                )
+                axis.fill_between(
+                    steps, mean - error, mean + error, color=color, alpha=0.2
+                )
+            axis.set_yscale("log")
+            axis.set_title(f"partition: {partition}, interval: {interval}")
+            axis.set_xlabel("local step")
+            axis.set_ylabel("training loss")
+    _save(figure, axes, path)
+
+
+def _panels(rows, columns):
+    return plt.subplots(
+        rows,
+        columns,
+        figsize=(5 * columns, 4 * rows),
+        squeeze=False,
+        layout="constrained",
+    )
+
+
+def _save(figure, axes, path):
+    labels = {}
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        handles, names = axis.get_legend_handles_labels()
+        labels.update(zip(names, handles))
+    figure.legend(
+        labels.values(), labels.keys(), loc="outside lower center", ncols=len(labels)
+    )
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _by_cell(records):
+    """Returns {(method, interval, partition): {seed: record}}."""
+    cells = collections.defaultdict(dict)
+    for record in records:
+        key = (record["method"], record["interval"], record["partition"])
+        cells[key][record["seed"]] = record
+    return dict(cells)
+
+
+def _methods(records):
+    names = {record["method"] for record in records}
+    return [name for name in _STYLES if name in names]
+
+
+def _columns(records):
+    """Returns the (partition, interval) of the methods that have an interval."""
+    places = [
+        (r["partition"], r["interval"])
+        for r in records
+        if r["method"] not in ("local", "ssgd")
+    ] or [(r["partition"], r["interval"]) for r in records]
+    order = list(dict.fromkeys(partition for partition, _ in places))
+    return sorted(set(places), key=lambda place: (order.index(place[0]), place[1]))
+
+
+def _place(method, column):
+    """Returns the (interval, partition) at which a method stands in a column."""
+    partition, interval = column
+    return comparison.interval_of(method, interval), partition
+
+
+def _standard_error(values):
+    if len(values) < 2:
+        return math.nan
+    return statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _range(numbers):
+    low, high = min(numbers), max(numbers)
+    return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _row(first, rest):
+    return "| " + " | ".join([first, *rest]) + " |"
