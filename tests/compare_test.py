@@ -135,7 +135,7 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
             flagsaver.flagsaver(),
             self.assertRaisesRegex(flags.IllegalFlagValueError, name),
         ):
-            flags.FLAGS(["compare", "--output_dir=x", argument])
+            flags.FLAGS(["compare", argument])
 
 
 class ReportTest(tf.test.TestCase):

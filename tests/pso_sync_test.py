@@ -364,7 +364,9 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
         class Odd(tf_psops.ParameterAverage):
             exchange = "sum"
 
-        with self.assertRaisesRegex(ValueError, "`exchange`.*'best' or 'mean'.*'sum'"):
+        with self.assertRaisesRegex(
+            ValueError, "`rule.exchange`.*'best' or 'mean'.*'sum'"
+        ):
             tf_psops.PSOSync(1, Odd())
 
 

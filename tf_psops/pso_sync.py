@@ -5,10 +5,8 @@ import time
 import keras
 import tensorflow as tf
 
-from tf_psops import rules, synchronizer
+from tf_psops import _checks, rules, synchronizer
 from tf_psops import strategy as strategy_lib
-
-_POLICIES = ("average", "local")
 
 
 class PSOSync(keras.callbacks.Callback):
@@ -67,35 +65,22 @@ class PSOSync(keras.callbacks.Callback):
         self, sync_every, rule=None, non_trainable="average", optimizer_slots="local"
     ):
         super().__init__()
-        if (
-            isinstance(sync_every, bool)
-            or not isinstance(sync_every, int)
-            or sync_every < 1
-        ):
-            raise ValueError(
-                "Invalid value for argument `sync_every`. Expected a whole number of "
-                f"local steps, at least 1. Received: sync_every={sync_every!r}."
-            )
         rule = rules.CentroidSwarm() if rule is None else rule
-        if not isinstance(rule, rules.Rule):
-            raise ValueError(
-                "Invalid value for argument `rule`. Expected a `tf_psops.Rule`, such "
-                f"as tf_psops.CentroidSwarm(). Received: rule={rule!r}."
-            )
-        if rule.exchange not in ("best", "mean"):
-            raise ValueError(
-                "Invalid value for argument `rule`. Expected its attribute `exchange` "
-                f"to be 'best' or 'mean'. Received: {rule.exchange!r}."
-            )
-        for name, value in (
-            ("non_trainable", non_trainable),
-            ("optimizer_slots", optimizer_slots),
-        ):
-            if value not in _POLICIES:
-                raise ValueError(
-                    f"Invalid value for argument `{name}`. Expected one of "
-                    f"{_POLICIES}. Received: {name}={value!r}."
-                )
+        good = _checks.is_whole(sync_every) and sync_every >= 1
+        _checks.check(
+            good, "a whole number of local steps, at least 1", sync_every=sync_every
+        )
+        _checks.check(
+            isinstance(rule, rules.Rule),
+            "a `tf_psops.Rule`, such as tf_psops.CentroidSwarm()",
+            rule=rule,
+        )
+        good = rule.exchange in ("best", "mean")
+        _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
+        policies = {"non_trainable": non_trainable, "optimizer_slots": optimizer_slots}
+        for name, policy in policies.items():
+            good = policy in ("average", "local")
+            _checks.check(good, "'average' or 'local'", **{name: policy})
         self.sync_every = sync_every
         self.rule = rule
         self.non_trainable = non_trainable

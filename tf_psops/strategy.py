@@ -5,7 +5,7 @@ import weakref
 import keras
 import tensorflow as tf
 
-from tf_psops import _private_api, cluster
+from tf_psops import _checks, _private_api, cluster
 
 
 class SwarmStrategy(tf.distribute.Strategy):
@@ -61,11 +61,11 @@ class SwarmStrategy(tf.distribute.Strategy):
         share_gradients=False,
     ):
         _check_devices(devices)
-        if not startup_timeout > 0:
-            raise ValueError(
-                "Invalid value for argument `startup_timeout`. Expected a number of "
-                f"seconds above 0. Received: startup_timeout={startup_timeout!r}."
-            )
+        _checks.check(
+            _checks.is_real(startup_timeout) and startup_timeout > 0,
+            "a number of seconds above 0",
+            startup_timeout=startup_timeout,
+        )
         if cluster_resolver is None:
             cluster.read_tf_config()
             cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
@@ -117,15 +117,8 @@ class SwarmStrategy(tf.distribute.Strategy):
         strategy = tf_psops.SwarmStrategy.in_process(4)
         ```
         """
-        if (
-            isinstance(num_particles, bool)
-            or not isinstance(num_particles, int)
-            or num_particles < 1
-        ):
-            raise ValueError(
-                "Invalid value for argument `num_particles`. Expected a whole number "
-                f"of at least 1. Received: num_particles={num_particles!r}."
-            )
+        good = _checks.is_whole(num_particles) and num_particles >= 1
+        _checks.check(good, "a whole number of at least 1", num_particles=num_particles)
         cpu = tf.config.list_physical_devices("CPU")[0]
         configured = tf.config.get_logical_device_configuration(cpu) or ()
         logical = [tf.config.LogicalDeviceConfiguration()] * num_particles
@@ -201,15 +194,14 @@ class SwarmStrategy(tf.distribute.Strategy):
 def _check_devices(devices):
     if devices is None:
         return
-    expected = (
-        "Expected a list of different local devices of one type, such as "
-        f"['GPU:0', 'GPU:1']. Received: devices={devices!r}."
-    )
     try:
         specs = [tf.DeviceSpec.from_string(device) for device in devices]
-    except (TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"Invalid value for argument `devices`. {expected}") from error
+    except (TypeError, ValueError, AttributeError):
+        specs = []
     kinds = {spec.device_type for spec in specs}
     indices = {spec.device_index for spec in specs}
-    if len(kinds) != 1 or None in kinds | indices or len(indices) != len(specs):
-        raise ValueError(f"Invalid value for argument `devices`. {expected}")
+    _checks.check(
+        len(kinds) == 1 and None not in kinds | indices and len(indices) == len(specs),
+        "a list of different local devices of one type, such as ['GPU:0', 'GPU:1']",
+        devices=devices,
+    )

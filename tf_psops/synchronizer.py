@@ -1,8 +1,9 @@
 """One synchronisation: what all particles bring, what travels, where they move."""
 
+import numpy as np
 import tensorflow as tf
 
-from tf_psops import _private_api, collectives, ledger
+from tf_psops import _private_api, collectives, ledger, packing
 from tf_psops.rules import rule as rule_lib
 
 # The calls of `Collectives`.
@@ -36,13 +37,19 @@ class Synchronizer:
         self._ledger = ledger.Ledger(strategy, model, keep_batch=rule.num_trials > 0)
         state = _private_api.updated_state(model)
         slots = _slots(model.optimizer)
-        self._weights = _Packing(strategy, model.trainable_variables)
-        self._start = _Packing(strategy, [*model.trainable_variables, *state])
-        self._averaged = _Packing(
-            strategy,
-            (state if average_non_trainable else []) + (slots if average_slots else []),
+        weights = model.trainable_variables
+        doubles = any(v.dtype == "float64" for v in [*weights, *state, *slots])
+        self._dtype = tf.float64 if doubles else tf.float32
+
+        def pack(*variables):
+            return packing.Packing(strategy, variables, self._dtype)
+
+        self._weights = pack(*weights)
+        self._start = pack(*weights, *state)
+        self._averaged = pack(
+            *(state if average_non_trainable else []), *(slots if average_slots else [])
         )
-        self._left_apart = _Packing(strategy, [] if average_non_trainable else state)
+        self._left_apart = pack(*([] if average_non_trainable else state))
         self._rule_state, self._vector = self._make_state(strategy)
         self._offer = tf.function(self._rule.offer, jit_compile=True)
         self._trial = tf.function(self._rule_trial, jit_compile=True)
@@ -90,13 +97,11 @@ class Synchronizer:
                 "the order of the particles. Expected the same number. Give every "
                 "worker a dataset of as many batches, and the same `sync_every`."
             )
-        healthy = tf.math.is_finite(fitness)
-        if not healthy.numpy().any():
+        if not np.isfinite(fitness).any():
             raise FloatingPointError(
-                f"No particle has a finite training loss and finite weights at "
+                "No particle has a finite training loss and finite weights at "
                 f"synchronisation {self.num_syncs}. Received the losses "
-                f"{table[:, 0].numpy().tolist()}. Lower the learning rate, or clip the "
-                "gradients."
+                f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
         root = int(scores.argmin())
         news = (root, float(scores[root]))
@@ -108,18 +113,18 @@ class Synchronizer:
             tf.constant(news != self._sent),
             tf.constant(self.num_syncs),
         )
-        self.bytes_moved += table.shape[1] * table.dtype.size * self.num_particles
-        self.bytes_moved += self._averaged.size * self._averaged.dtype.size
+        scalars = (table.shape[1] + self._rule.num_trials) * self.num_particles
+        elements = self._averaged.size
         if self._rule.exchange == "mean" or news != self._sent:
-            self.bytes_moved += self._weights.size * self._weights.dtype.size
-        self.bytes_moved += self._rule.num_trials * 8 * self.num_particles
+            elements += self._weights.size
+        self.bytes_moved += scalars * table.dtype.size + elements * self._dtype.size
         self._sent = news
         self.num_syncs += 1
         return fitness
 
     def _make_state(self, strategy):
         """Returns the local replicas' rule states and last travelled vectors."""
-        position = tf.zeros([self._weights.size], self._weights.dtype)
+        position = tf.zeros([self._weights.size], self._dtype)
         with strategy.scope():
             state = tf.nest.map_structure(
                 lambda value: tf.Variable(tf.zeros_like(value), trainable=False),
@@ -195,7 +200,7 @@ class Synchronizer:
             self._averaged.unpack(replica, extras[replica])
             news = rule_lib.News(
                 vector=vectors[replica],
-                fitness=tf.cast(fitness, self._weights.dtype),
+                fitness=tf.cast(fitness, self._dtype),
                 particle=self._collectives.first_particle + replica,
                 sync=sync,
             )
@@ -204,7 +209,7 @@ class Synchronizer:
 
         news = self._on_devices(learn)
         if self._rule.num_trials:
-            scores = tf.cast(self._score_trials(news), self._weights.dtype)
+            scores = tf.cast(self._score_trials(news), self._dtype)
             news = [n._replace(scores=scores) for n in news]
 
         def move(replica):
@@ -283,46 +288,6 @@ class Synchronizer:
             with tf.device(device):
                 results.append(function(replica))
         return results
-
-
-class _Packing:
-    """Packs variables of one replica into a flat vector and back.
-
-    Attributes:
-        sizes: The number of elements of each variable, in order.
-        size: Their sum.
-        dtype: float64 if any variable has it, else float32.
-    """
-
-    def __init__(self, strategy, variables):
-        self.sizes = tuple(int(tf.size(v.value)) for v in variables)
-        self.size = sum(self.sizes)
-        doubles = any(v.dtype == "float64" for v in variables)
-        self.dtype = tf.float64 if doubles else tf.float32
-        self._variables = list(
-            zip(*(strategy.experimental_local_results(v.value) for v in variables))
-        )
-
-    def pack(self, replica):
-        """Returns the replica's variables as one vector, [size]."""
-        if not self.size:
-            return tf.zeros([0], self.dtype)
-        return tf.concat(
-            [
-                tf.cast(tf.reshape(variable, [-1]), self.dtype)
-                for variable in self._variables[replica]
-            ],
-            axis=0,
-        )
-
-    def unpack(self, replica, vector):
-        """Assigns a vector, [size], to the replica's variables."""
-        if not self.size:
-            return
-        for variable, part in zip(
-            self._variables[replica], tf.split(vector, self.sizes)
-        ):
-            variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
 
 
 def _assign(variables, values):

@@ -8,7 +8,7 @@ python -m trainers.compare --dataset=mnist --model=lenet \
 
 All methods train the same network from the same weights on the same batches. The
 folder gets `results.json` (one record for each run), `results.md` (tables) and the
-plots. A call that is interrupted goes on where it was when it is repeated.
+plots, `runs/compare` without `--output_dir`. A call that is interrupted goes on where it was when it is repeated.
 
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it.
@@ -26,14 +26,9 @@ import tensorflow as tf
 import tqdm
 from absl import app, flags, logging
 
-from trainers import comparison, datasets, models, report
+from trainers import common_flags, comparison, datasets, report
 from trainers.files import write_text
 
-_DATASET = flags.DEFINE_enum("dataset", "digits", datasets.NAMES, "Data set.")
-_DATA_DIR = flags.DEFINE_string(
-    "data_dir", None, "Folder of TensorFlow Datasets, for mnist and cifar10."
-)
-_MODEL = flags.DEFINE_enum("model", "lenet", models.NAMES, "Network.")
 _METHODS = flags.DEFINE_list(
     "methods", ["average", "pso"], f"Methods: {', '.join(comparison.METHODS)}."
 )
@@ -45,30 +40,23 @@ _SHARDS = flags.DEFINE_integer(
     "shards_per_worker", 2, "Label shards of each particle.", lower_bound=1
 )
 _LEARNING_RATES = flags.DEFINE_list("learning_rates", ["0.05"], "Learning rates.")
-_PARTICLES = flags.DEFINE_integer("particles", 8, "Particles.", lower_bound=1)
-_BATCH_SIZE = flags.DEFINE_integer(
-    "batch_size", 32, "Examples per particle and step.", lower_bound=1
-)
-_EPOCHS = flags.DEFINE_integer("epochs", 2, "Passes over the data.", lower_bound=1)
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds, from 0.", lower_bound=1)
-_OUTPUT_DIR = flags.DEFINE_string("output_dir", None, "Folder for the results.")
 _FLAGS = (
-    _DATASET,
-    _DATA_DIR,
-    _MODEL,
+    common_flags.DATASET,
+    common_flags.DATA_DIR,
+    common_flags.MODEL,
     _METHODS,
     _INTERVALS,
     _PARTITION,
     _SHARDS,
     _LEARNING_RATES,
-    _PARTICLES,
-    _BATCH_SIZE,
-    _EPOCHS,
+    common_flags.PARTICLES,
+    common_flags.BATCH_SIZE,
+    common_flags.EPOCHS,
     _SEEDS,
-    _OUTPUT_DIR,
+    common_flags.OUTPUT_DIR,
 )
 
-flags.mark_flag_as_required("output_dir")
 flags.register_validator(
     "methods",
     lambda names: names and set(names) <= set(comparison.METHODS),
@@ -197,21 +185,28 @@ def main(argv):
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
-    output_dir = pathlib.Path(_OUTPUT_DIR.value)
+    output_dir = pathlib.Path(common_flags.OUTPUT_DIR.value or "runs/compare")
     output_dir.mkdir(parents=True, exist_ok=True)
     arguments = {flag.name: flag.value for flag in _FLAGS}
     write_text(output_dir / "flags.json", json.dumps(arguments, indent=2) + os.linesep)
 
-    settings = (_DATASET, _MODEL, _PARTICLES, _BATCH_SIZE, _EPOCHS, _SHARDS)
+    settings = {
+        "dataset": common_flags.DATASET.value,
+        "model": common_flags.MODEL.value,
+        "particles": common_flags.PARTICLES.value or 8,
+        "batch_size": common_flags.BATCH_SIZE.value,
+        "epochs": common_flags.EPOCHS.value,
+        "shards_per_worker": _SHARDS.value,
+    }
     num_failed = compare(
-        {flag.name: flag.value for flag in settings},
+        settings,
         _METHODS.value,
         [int(interval) for interval in _INTERVALS.value],
         _PARTITION.value,
         [float(rate) for rate in _LEARNING_RATES.value],
         _SEEDS.value,
         output_dir,
-        _DATA_DIR.value,
+        common_flags.DATA_DIR.value,
     )
     return 1 if num_failed else 0
 
