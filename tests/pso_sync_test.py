@@ -213,6 +213,29 @@ class TrajectoryTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(weights, leader, rtol=0, atol=1e-6)
 
 
+class WeightAverageTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(6, 100)
+    def test_training_ends_with_the_mean_of_the_moving_averages(self, every):
+        """Keras puts each particle's in place before it tells that training ends."""
+        steps, particles = 6, 2
+        ema = {"use_ema": True, "ema_momentum": 0.5}
+        _, model = _swarm(
+            particles, optimizer=lambda rate: keras.optimizers.SGD(rate, **ema)
+        )
+        _fit(model, _data(steps), tf_psops.PSOSync(every, tf_psops.ParameterAverage()))
+
+        x, y = (a.reshape(steps, particles, _ROWS, -1) for a in _arrays(steps))
+        alone = []
+        for i in range(particles):
+            plain = _compile(_dense(), keras.optimizers.SGD(0.1, **ema))
+            data = tf.data.Dataset.from_tensor_slices((x[:, i], y[:, i]))
+            plain.fit(data, verbose=0)
+            alone.append(np.concatenate([w.ravel() for w in plain.get_weights()]))
+        self.assertNotAllClose(alone[0], alone[1], atol=1e-3)
+        for weights in _weights(model):
+            self.assertAllClose(weights, np.mean(alone, axis=0), rtol=0, atol=1e-6)
+
+
 class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters("average", "local")
     def test_moving_statistics(self, policy):

@@ -15,7 +15,8 @@ class PSOSync(keras.callbacks.Callback):
     At a synchronisation every particle brings its position (its trainable weights)
     and its fitness (its own mean training loss since the last synchronisation), and
     a rule moves it. A last synchronisation closes training: `fit` leaves one agreed
-    model on every replica of every worker.
+    model on every replica of every worker. With an optimizer that has `use_ema`, that
+    is the mean of the particles' moving averages.
 
     All workers must use it with the same arguments, and must train for the same
     number of steps.
@@ -162,9 +163,12 @@ class PSOSync(keras.callbacks.Callback):
             self._synchronize()
 
     def on_train_end(self, logs=None):
-        if self._steps > self._synced_steps:
+        # Keras has put the moving averages in place of the weights by now.
+        optimizer = self.model.optimizer
+        averaged = getattr(optimizer, "inner_optimizer", optimizer).use_ema
+        if self._steps > self._synced_steps and not averaged:
             self._synchronize()
-        self._synchronizer.close()
+        self._synchronizer.close(take_mean=averaged)
 
     def _synchronize(self):
         start = time.perf_counter()

@@ -7,7 +7,7 @@ from tf_psops import _private_api, collectives, ledger, packing
 from tf_psops.rules import rule as rule_lib
 
 # The calls of `Collectives`.
-_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _CLOSE = range(6)
+_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE = range(7)
 
 
 class Synchronizer:
@@ -74,9 +74,14 @@ class Synchronizer:
         self.num_syncs = 0
         self.bytes_moved = 0
 
-    def close(self):
-        """Puts all particles on the position that stands for the swarm."""
-        self._close()
+    def close(self, take_mean):
+        """Puts all particles on the position that stands for the swarm.
+
+        Args:
+            take_mean: Whether that is the mean of the positions as they are now, for
+                weights that are moving averages, and not what the rule agreed on.
+        """
+        self._close(take_mean)
 
     def synchronize(self):
         """Moves all particles once.
@@ -253,21 +258,28 @@ class Synchronizer:
         return tf.reduce_mean(table, axis=0)
 
     @tf.function(autograph=False)
-    def _close(self):
-        if self._left_apart.size:
-            states = self._collectives.mean(
-                self._on_devices(self._left_apart.pack),
-                tf.fill([self.num_particles], True),
-                _CLOSE,
-            )
+    def _close(self, take_mean):
+        def agreed(replica):
+            if take_mean:
+                return self._weights.pack(replica)
+            return self._rule.agreed(self._rule_state[replica], self._vector[replica])
 
-        def close(replica):
-            agreed = self._rule.agreed(self._rule_state[replica], self._vector[replica])
-            self._weights.unpack(replica, agreed)
-            if self._left_apart.size:
-                self._left_apart.unpack(replica, states[replica])
+        positions = self._on_devices(agreed)
+        states = self._on_devices(self._left_apart.pack)
+        if take_mean or self._left_apart.size:
+            both = [tf.concat(pair, axis=0) for pair in zip(positions, states)]
+            finite = [tf.reduce_all(tf.math.is_finite(vector)) for vector in both]
+            rows = [tf.cast([flag], tf.float64) for flag in finite]
+            healthy = self._collectives.gather(rows, _HEALTH)[:, 0] > 0
+            both = self._collectives.mean(both, healthy, _CLOSE)
+            positions = [vector[: self._weights.size] for vector in both]
+            states = [vector[self._weights.size :] for vector in both]
 
-        self._on_devices(close)
+        def take(replica):
+            self._weights.unpack(replica, positions[replica])
+            self._left_apart.unpack(replica, states[replica])
+
+        self._on_devices(take)
 
     def _rule_trial(self, number, state, news):
         return self._rule.trial(number, state, news, self._weights.sizes)

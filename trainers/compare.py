@@ -7,8 +7,9 @@ python -m trainers.compare --dataset=mnist --model=lenet \
 ```
 
 All methods train the same network from the same weights on the same batches. The
-folder gets `results.json` (one record for each run), `results.md` (tables) and the
-plots, `runs/compare` without `--output_dir`. A call that is interrupted goes on where it was when it is repeated.
+folder, `runs/compare` by default, gets `results.json` (one record for each run),
+`results.md` (tables) and the plots. A call that is interrupted goes on where it was
+when it is repeated.
 
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it.
