@@ -82,6 +82,9 @@ class Synchronizer:
                 weights that are moving averages, and not what the rule agreed on.
         """
         self._close(take_mean)
+        if take_mean:
+            self.num_syncs += 1
+            self.bytes_moved += self._weights.size * self._dtype.size
 
     def synchronize(self):
         """Moves all particles once.
