@@ -10,6 +10,7 @@ particles in this process, each with `PSOSync` but without a synchronisation ins
 the time taken. A local step of four particles is compared with four plain steps.
 """
 
+import itertools
 import statistics
 import time
 
@@ -32,18 +33,19 @@ _WARM_UP_STEPS = 10
 
 
 class _StepTimer(keras.callbacks.Callback):
-    """Takes the mean time of the steps after the first few."""
+    """Takes the median time of the steps after the first few."""
+
+    def __init__(self):
+        super().__init__()
+        self._ends = []
 
     def on_train_batch_end(self, batch, logs=None):
-        if batch == _WARM_UP_STEPS - 1:
-            self._start = time.perf_counter()
-        self.seconds = (time.perf_counter() - self._start) / (
-            batch + 1 - _WARM_UP_STEPS or 1
-        )
+        self._ends.append(time.perf_counter())
 
-    def on_train_batch_begin(self, batch, logs=None):
-        if batch == 0:
-            self._start = time.perf_counter()
+    @property
+    def seconds(self):
+        ends = self._ends[_WARM_UP_STEPS - 1 :]
+        return statistics.median(b - a for a, b in itertools.pairwise(ends))
 
 
 def _make_side(strategy, num_particles, model_name, steps):

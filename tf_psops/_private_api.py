@@ -1,13 +1,15 @@
 """The one module that touches TensorFlow's private API.
 
-Everything here was checked against TensorFlow 2.19.1 and 2.21.0 with Keras
-3.15; `tests/compatibility` runs the suite on the oldest and the newest release.
+Everything here was checked against TensorFlow 2.19.1 with Keras 3.10 and 2.21.0 with
+Keras 3.15; `python -m tests.compatibility` runs the suite on both.
 Private names used, and why no public one serves:
 
   * `CollectiveAllReduceExtended` holds the cluster set-up, the per-device
     variables and the input pipeline of `MultiWorkerMirroredStrategy`. Keras 3
     takes a path that fails for instances of the public class (keras issue 20585),
     so the public class cannot be the base.
+  * `input_util.get_distributed_dataset` is what `experimental_distribute_dataset`
+    calls; the public one refuses the options that a single CPU is fastest with.
   * `context.context().configure_coordination_service` is the only place where
     the time-out for a peer that never starts can be set.
 """
@@ -19,6 +21,7 @@ import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
+    input_util,
     multi_worker_util,
 )
 from tensorflow.python.eager import context
@@ -119,7 +122,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         """
         if self._share_gradients:
             return super()._replica_ctx_all_reduce(reduce_op, value, options)
-        if reduce_op == tf.distribute.ReduceOp.SUM:
+        if reduce_op == tf.distribute.ReduceOp.SUM and self._num_replicas_in_sync > 1:
             return tf.nest.map_structure(self._times_num_replicas, value)
         return value
 
@@ -161,6 +164,30 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         has data. `num_workers` tells whether there are peers.
         """
         return False
+
+    def _experimental_distribute_dataset(self, dataset, options):
+        """Reads a single CPU's data without the iterator for several devices.
+
+        That one prefetches to devices, which a CPU has no use for, and takes half a
+        millisecond a step.
+        """
+        (device, *others) = self.worker_devices
+        if options or others or tf.DeviceSpec.from_string(device).device_type != "CPU":
+            return super()._experimental_distribute_dataset(dataset, options)
+        options = tf.distribute.InputOptions(
+            experimental_replication_mode=(
+                tf.distribute.InputReplicationMode.PER_REPLICA
+            ),
+            experimental_fetch_to_device=False,
+        )
+        return input_util.get_distributed_dataset(
+            dataset,
+            self._input_workers_with_options(options),
+            self._container_strategy(),
+            num_replicas_in_sync=self._num_replicas_in_sync,
+            input_context=self._make_input_context(),
+            options=options,
+        )
 
     @property
     def num_workers(self):

@@ -21,13 +21,9 @@ class Ledger:
         self._batches = {} if keep_batch else None
         self._tracker = model.metrics[0]
         with strategy.scope():
-            self._steps = tf.Variable(0, dtype=tf.int64, trainable=False)
-            self._loss = tf.Variable(0.0, trainable=False)
-            self._weight = tf.Variable(0.0, trainable=False)
-        self._local = [
-            strategy.experimental_local_results(variable)
-            for variable in (self._steps, self._loss, self._weight)
-        ]
+            # One variable for steps, loss and weight: each costs time at every step.
+            self._sums = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+        self._local = strategy.experimental_local_results(self._sums)
         self._keras_sums = [
             strategy.experimental_local_results(variable.value)
             for variable in (self._tracker.total, self._tracker.count)
@@ -41,9 +37,9 @@ class Ledger:
             if self._batches is not None:
                 self._keep(data)
             result = train_step(data)
-            self._steps.assign_add(1)
-            self._loss.assign_add(self._tracker.total.value - loss)
-            self._weight.assign_add(self._tracker.count.value - weight)
+            loss = self._tracker.total.value - loss
+            weight = self._tracker.count.value - weight
+            self._sums.assign_add(tf.cast(tf.stack([1.0, loss, weight]), tf.float64))
             return result
 
         return noted
@@ -51,7 +47,7 @@ class Ledger:
     def _keep(self, data):
         replica = self._strategy.local_replica()
         if replica not in self._batches:
-            with tf.init_scope(), tf.device(self._local[0][replica].device):
+            with tf.init_scope(), tf.device(self._local[replica].device):
                 self._batches[replica] = tf.nest.map_structure(_variable_like, data)
         tf.nest.map_structure(
             lambda variable, value: (
@@ -70,21 +66,20 @@ class Ledger:
 
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
-        self._local[0][replica].assign(0)
+        self._local[replica].assign(tf.zeros([3], tf.float64))
         self.close(replica)
 
     def steps(self, replica):
-        """Returns the local steps of a local replica since `begin`, int64."""
-        return self._local[0][replica]
+        """Returns the local steps of a local replica since `begin`, float64."""
+        return self._local[replica][0]
 
     def mean_loss(self, replica):
         """Returns a local replica's mean loss since `close`; NaN without a step."""
-        return self._local[1][replica] / self._local[2][replica]
+        return self._local[replica][1] / self._local[replica][2]
 
     def close(self, replica):
         """Begins a local replica's next mean."""
-        self._local[1][replica].assign(0.0)
-        self._local[2][replica].assign(0.0)
+        self._local[replica][1:].assign(tf.zeros([2], tf.float64))
         # A NaN would stay in Keras' own sum, and so in all that is told from it, to
         # the end of the epoch, though the particle may be in good health from here.
         total, count = (variables[replica] for variables in self._keras_sums)

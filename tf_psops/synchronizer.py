@@ -177,8 +177,8 @@ class Synchronizer:
             state, offer = self._offer(self._rule_state[replica], position, fitness)
             _assign(self._rule_state[replica], state)
             score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
-            steps = tf.cast(self._ledger.steps(replica), tf.float64)
-            row = [tf.cast(fitness, tf.float64), tf.cast(score, tf.float64), steps]
+            row = [tf.cast(value, tf.float64) for value in (fitness, score)]
+            row.append(self._ledger.steps(replica))
             return tf.stack(row), position, offer.vector
 
         rows, positions, offers = zip(*self._on_devices(report))
