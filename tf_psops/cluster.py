@@ -8,9 +8,12 @@ The format is that of `tf.distribute.cluster_resolver.TFConfigClusterResolver`:
 https://www.tensorflow.org/guide/distributed_training#setting_up_the_tf_config_environment_variable
 """
 
+import contextlib
 import json
 import os
 import re
+import socket
+import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -163,3 +166,32 @@ def _expect_object(name: str, value: Any, remedy: str) -> dict[str, Any]:
 
 def _error(problem: str, received: Any, remedy: str) -> ValueError:
     return ValueError(f"TF_CONFIG: {problem}. Received: {received!r}. {remedy}")
+
+
+def wait_until_reachable(address: str, startup_timeout: float):
+    """Waits until another worker listens at its address.
+
+    Args:
+        address: The worker's "host:port".
+        startup_timeout: Seconds to wait.
+
+    Raises:
+        TimeoutError: If nothing listens there after `startup_timeout` seconds.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + startup_timeout
+    while True:
+        with contextlib.suppress(OSError):
+            place = (host.strip("[]"), int(port))
+            with socket.create_connection(place, timeout=1) as connection:
+                # A port that nobody listens at can be connected to itself.
+                if connection.getsockname() != connection.getpeername():
+                    return
+        if time.monotonic() > deadline:
+            raise TimeoutError(
+                f"Not all workers started within startup_timeout={startup_timeout} "
+                f"seconds. Expected the first worker of TF_CONFIG to listen at "
+                f"{address}. Start the missing worker, or wait longer with "
+                "`startup_timeout`."
+            )
+        time.sleep(0.1)

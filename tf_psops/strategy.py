@@ -67,7 +67,10 @@ class SwarmStrategy(tf.distribute.Strategy):
             startup_timeout=startup_timeout,
         )
         if cluster_resolver is None:
-            cluster.read_tf_config()
+            worker = cluster.read_tf_config()
+            if worker is not None and not worker.is_chief:
+                # TensorFlow 2.19 may wait for a missing first worker for ever.
+                cluster.wait_until_reachable(worker.workers[0], startup_timeout)
             cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         if communication_options is None:
             communication_options = tf.distribute.experimental.CommunicationOptions()
