@@ -23,8 +23,8 @@ class BuildTest(parameterized.TestCase, tf.test.TestCase):
 
     @parameterized.parameters(
         ("mlp", (28, 28, 1), 101_770),
-        ("lenet", (28, 28, 1), 215_370),
-        ("lenet", (32, 32, 3), 579_402),
+        ("lenet", (28, 28, 1), 105_194),
+        ("lenet", (32, 32, 3), 136_314),
         ("resnet20", (32, 32, 3), 274_042),
     )
     def test_size(self, name, input_shape, expected):

@@ -21,8 +21,8 @@ def build(
     same weights in every process, whatever was drawn before.
 
     *   "mlp": one hidden layer of 128 units.
-    *   "lenet": two convolutions with max-pooling and a hidden layer, after LeCun et
-        al. 1998. Twice as wide on colour images.
+    *   "lenet": two convolutions of 8 and 16 filters with max-pooling, and a hidden
+        layer: about the size of LeNet-5 (LeCun et al. 1998), with rectifiers.
     *   "resnet20": the CIFAR network of He et al. 2015, https://arxiv.org/abs/1512.03385,
         section 4.2, with projection shortcuts.
 
@@ -64,8 +64,7 @@ def _mlp(x, draw_seed):
 
 
 def _lenet(x, draw_seed):
-    width = 16 if x.shape[-1] == 1 else 32
-    for filters in (width, 2 * width):
+    for filters in (8, 16):
         x = layers.Conv2D(
             filters,
             kernel_size=5,
