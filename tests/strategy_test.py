@@ -115,6 +115,16 @@ class ReplicasTest(tf.test.TestCase):
         self.assertAllEqual(kernel.numpy(), _local(strategy, kernel)[0])
         self.assertAllEqual(model.get_weights()[0], _local(strategy, kernel)[0])
 
+    def test_batches_reach_the_replicas_without_tuning(self):
+        # The end of a tuned iterator may wait for up to a minute.
+        strategy = _strategy()
+        data = tf.data.Dataset.range(12).batch(_PARTICLES)
+        (host,) = iter(strategy.experimental_distribute_dataset(data))._iterators
+        iterators = host._iterator._device_iterators
+        self.assertLen(iterators, _PARTICLES)
+        for iterator in iterators:
+            self.assertIs(iterator._dataset.options().autotune.enabled, False)
+
     def test_set_weights_reaches_all_replicas(self):
         strategy, model, _ = self._fit()
         model.set_weights([np.ones_like(w) for w in model.get_weights()])

@@ -12,13 +12,17 @@ Private names used, and why no public one serves:
     calls; the public one refuses the options that a single CPU is fastest with.
   * `context.context().configure_coordination_service` is the only place where
     the time-out for a peer that never starts can be set.
+  * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
+    batches to several local devices. See `_without_tuning`.
 """
 
+import functools
 import itertools
 
 import keras
 import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+from tensorflow.python.data.ops import multi_device_iterator_ops
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
     input_util,
@@ -32,6 +36,28 @@ _SEED_STRIDE = 1_000_003
 # replicas only, and ends all collectives of the process where two strategies share
 # one. All workers make their strategies in the same order.
 _collective_key_bases = itertools.count(0, 1000)
+
+
+def _without_tuning(create_dataset):
+    """Spares the end of each epoch a wait of up to a minute.
+
+    tf.data's tuning thread is told of the end of an iterator before it can see that
+    it has ended, and may sleep on for its whole period, which grows to 60 seconds.
+    In these data sets there is nothing to tune: one fixed prefetch for each device.
+    """
+
+    @functools.wraps(create_dataset)
+    def create(*args):
+        options = tf.data.Options()
+        options.autotune.enabled = False
+        return create_dataset(*args).with_options(options)
+
+    return create
+
+
+multi_device_iterator_ops._create_device_dataset = _without_tuning(
+    multi_device_iterator_ops._create_device_dataset
+)
 
 
 class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):

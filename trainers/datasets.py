@@ -330,12 +330,8 @@ def train_dataset(
     def look_up(rows):
         return _scale(tf.gather(images, rows)), tf.gather(labels, rows)
 
-    batches = tf.data.Dataset.from_tensor_slices(indices).map(look_up).prefetch(2)
-    # Nothing here is tuned, and with several devices tf.data may wait up to a minute
-    # for its tuning thread when an iterator ends (seen with TensorFlow 2.21).
-    options = tf.data.Options()
-    options.autotune.enabled = False
-    return batches.with_options(options)
+    batches = tf.data.Dataset.from_tensor_slices(indices).map(look_up)
+    return _prefetched(batches)
 
 
 def test_dataset(data: ImageData, batch_size: int) -> tf.data.Dataset:
@@ -358,7 +354,15 @@ def test_dataset(data: ImageData, batch_size: int) -> tf.data.Dataset:
     """
     pairs = tf.data.Dataset.from_tensor_slices((data.test_images, data.test_labels))
     batches = pairs.batch(batch_size)
-    return batches.map(lambda images, labels: (_scale(images), labels)).prefetch(2)
+    return _prefetched(batches.map(lambda images, labels: (_scale(images), labels)))
+
+
+def _prefetched(batches):
+    # Nothing here is tuned, and tf.data may wait up to a minute for its tuning thread
+    # when an iterator ends (seen with TensorFlow 2.21).
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return batches.prefetch(2).with_options(options)
 
 
 def _scale(images):
