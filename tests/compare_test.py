@@ -122,7 +122,13 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         self.assertIn("| average | 0.2 |", (folder / "results.md").read_text())
 
     @parameterized.parameters(
-        ("--methods=average,gossip", "methods"),
+        ("--methods=average,gossip", "methods.*'gossip'.*'average'"),
+        ("--methods=", "methods"),
+        ("--methods=pso(", "methods"),
+        ("--methods=pso(8)", "methods.*by name"),
+        ("--methods=pso(trials=0)", "methods.*`trials`"),
+        ("--methods=pso(speed=1)", "methods.*speed"),
+        ("--methods=ssgd(trials=2)", "methods.*of a rule"),
         ("--intervals=0", "intervals"),
         ("--intervals=ten", "intervals"),
         ("--partition=full,half", "partition"),
@@ -138,7 +144,31 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
             flags.FLAGS(["compare", argument])
 
 
+class MethodsTest(tf.test.TestCase):
+    def test_arguments_reach_the_rule_and_the_callback(self):
+        text = "ssgd, pso( trials=8,social=(1,2)), average(optimizer_slots='average')"
+        methods = comparison.parse_methods(text)
+        self.assertEqual(
+            methods,
+            ["ssgd", "pso(trials=8, social=(1, 2))"]
+            + ["average(optimizer_slots='average')"],
+        )
+        ssgd, pso, average = map(comparison.make_sync, methods)
+        self.assertIsNone(ssgd)
+        self.assertEqual((pso.rule.num_trials, pso.rule.social), (8, (1.0, 2.0)))
+        self.assertEqual(pso.optimizer_slots, "local")
+        self.assertIsInstance(average.rule, tf_psops.ParameterAverage)
+        self.assertEqual(average.optimizer_slots, "average")
+
+
 class ReportTest(tf.test.TestCase):
+    def test_plots_tell_the_variants_of_a_method_apart(self):
+        methods = ["pso", "pso(trials=2)", "pso(trials=8)", "average"]
+        records = [_record(method, 10, 0, 0.9) for method in methods]
+        styles = report._styles(records)
+        self.assertCountEqual(styles, methods)
+        self.assertLen({style["marker"] for style in styles.values()}, 4)
+
     def test_table_by_hand(self):
         records = [
             _record("average", 10, 0, 0.90),

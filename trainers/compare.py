@@ -11,6 +11,9 @@ folder, `runs/compare` by default, gets `results.json` (one record for each run)
 `results.md` (tables) and the plots. A call that is interrupted goes on where it was
 when it is repeated.
 
+A method can have arguments, of its rule or of `PSOSync`:
+`--methods="pso,pso(trials=8),pso(inertia=0.5)"`.
+
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it.
 """
@@ -30,8 +33,10 @@ from absl import app, flags, logging
 from trainers import common_flags, comparison, datasets, report
 from trainers.files import write_text
 
-_METHODS = flags.DEFINE_list(
-    "methods", ["average", "pso"], f"Methods: {', '.join(comparison.METHODS)}."
+_METHODS = flags.DEFINE_string(
+    "methods",
+    "average,pso",
+    f"Methods: {', '.join(comparison.METHODS)}, with arguments as in pso(trials=8).",
 )
 _INTERVALS = flags.DEFINE_list("intervals", ["10"], "Synchronisation intervals.")
 _PARTITION = flags.DEFINE_list(
@@ -58,11 +63,15 @@ _FLAGS = (
     common_flags.OUTPUT_DIR,
 )
 
-flags.register_validator(
-    "methods",
-    lambda names: names and set(names) <= set(comparison.METHODS),
-    message=f"Expected some of {tuple(comparison.METHODS)}, separated by commas.",
-)
+
+@flags.validator("methods")
+def _are_methods(text):
+    try:
+        return bool(comparison.parse_methods(text))
+    except ValueError as error:
+        raise flags.ValidationError(str(error)) from error
+
+
 flags.register_validator(
     "partition",
     lambda names: names and set(names) <= set(datasets.PARTITIONS),
@@ -97,7 +106,7 @@ def compare(
 
     Args:
         settings: The arguments of `comparison.Comparison` but `data_dir`, as a dict.
-        methods: Names out of `comparison.METHODS`.
+        methods: Methods, as from `comparison.parse_methods`.
         intervals: Synchronisation intervals, ints.
         partitions: Names out of `datasets.PARTITIONS`.
         learning_rates: Learning rates; of several, each method gets its own best.
@@ -201,7 +210,7 @@ def main(argv):
     }
     num_failed = compare(
         settings,
-        _METHODS.value,
+        comparison.parse_methods(_METHODS.value),
         [int(interval) for interval in _INTERVALS.value],
         _PARTITION.value,
         [float(rate) for rate in _LEARNING_RATES.value],

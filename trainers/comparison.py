@@ -1,6 +1,8 @@
 """Runs the methods that `trainers.compare` compares, cell by cell, through `fit`."""
 
+import ast
 import functools
+import inspect
 import json
 import time
 from typing import NamedTuple
@@ -11,33 +13,76 @@ import numpy as np
 import tf_psops
 from trainers import datasets, evaluation, models
 from trainers.files import write_text
+from trainers.rules import RULES
 
 HELD_OUT = 0.1
 """The share of the training set that learning rates are chosen on."""
 
+METHODS = ("local", "ssgd", *RULES)
+"""All methods: also none at all, and gradients all-reduced at every step."""
 
-class Method(NamedTuple):
-    """One way of training that takes part in a comparison.
 
-    Attributes:
-        make_rule: Makes the rule of its `PSOSync`; `None` for no synchronisation.
-        share_gradients: Whether gradients are all-reduced at every step.
+def parse_methods(text):
+    """Returns the methods of a list such as `average,pso(trials=8)`.
+
+    A method is one of `METHODS`, with arguments of its rule or of `PSOSync` in
+    parentheses if need be.
+
+    Args:
+        text: Methods separated by commas, in Python's syntax.
+
+    Returns:
+        A list of strings, one for each method, in one way of writing.
+
+    Raises:
+        ValueError: If a method is unknown, or an argument is wrong.
+
+    Example:
+
+    ```python
+    parse_methods("ssgd, pso(trials=8, social=(1, 1))")
+    ```
     """
+    try:
+        calls = ast.parse(f"[{text}]", mode="eval").body.elts
+        methods = [ast.unparse(call) for call in calls]
+        for method in methods:
+            make_sync(method)
+    except (SyntaxError, AttributeError, TypeError) as error:
+        raise ValueError(f"Received methods={text!r}. {error}") from error
+    if not methods:
+        raise ValueError(f"Received methods={text!r}. Expected some of {METHODS}.")
+    return methods
 
-    make_rule: object = None
-    share_gradients: bool = False
+
+def make_sync(method):
+    """Returns the `PSOSync` of a method, `None` for "local" and "ssgd".
+
+    Args:
+        method: A string as from `parse_methods`.
+    """
+    call = ast.parse(method, mode="eval").body
+    name = name_of(method)
+    if name not in METHODS:
+        raise ValueError(f"Received the method {method!r}. Expected some of {METHODS}.")
+    arguments = {
+        argument.arg: ast.literal_eval(argument.value)
+        for argument in getattr(call, "keywords", ())
+    }
+    if getattr(call, "args", ()) or (arguments and name not in RULES):
+        raise ValueError(
+            f"Received the method {method!r}. Expected arguments by name, of a rule."
+        )
+    if name not in RULES:
+        return None
+    of_sync = set(inspect.signature(tf_psops.PSOSync).parameters) & set(arguments)
+    options = {argument: arguments.pop(argument) for argument in of_sync}
+    return tf_psops.PSOSync(1, RULES[name](**arguments), **options)
 
 
-METHODS = {
-    "local": Method(),
-    "ssgd": Method(share_gradients=True),
-    "average": Method(tf_psops.ParameterAverage),
-    "easgd": Method(tf_psops.ElasticAverage),
-    "slowmo": Method(functools.partial(tf_psops.SlowMomentum, 0.5)),
-    "slowmo_0.3": Method(functools.partial(tf_psops.SlowMomentum, 0.3)),
-    "pso_paper": Method(tf_psops.ParticleSwarm),
-    "pso": Method(tf_psops.CentroidSwarm),
-}
+def name_of(method):
+    """Returns the name of a method without its arguments."""
+    return method.partition("(")[0]
 
 
 def interval_of(method, interval):
@@ -49,7 +94,7 @@ class Cell(NamedTuple):
     """One run of a comparison.
 
     Attributes:
-        method: One of `METHODS`.
+        method: A method as from `parse_methods`.
         interval: Local steps between synchronisations; 1 for "ssgd", 0 for "local".
         partition: One of `datasets.PARTITIONS`.
         learning_rate: The highest learning rate, after warming up.
@@ -181,8 +226,7 @@ class Comparison:
         if key not in self._compiled:
             self._compiled.clear()
             keras.backend.clear_session()
-            method = METHODS[cell.method]
-            with self._strategies[method.share_gradients].scope():
+            with self._strategies[cell.method == "ssgd"].scope():
                 network = self._build(seed=0)
                 schedule = keras.optimizers.schedules.CosineDecay(
                     0.0,
@@ -194,9 +238,7 @@ class Comparison:
                     optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
                     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 )
-            rule = method.make_rule and method.make_rule()
-            sync = rule and tf_psops.PSOSync(1, rule)
-            self._compiled[key] = network, sync
+            self._compiled[key] = network, make_sync(cell.method)
         return self._compiled[key]
 
     def _build(self, seed):

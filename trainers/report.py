@@ -1,6 +1,7 @@
 """Tables and plots of a comparison's records."""
 
 import collections
+import itertools
 import math
 import statistics
 
@@ -18,12 +19,12 @@ _STYLES = {
     "pso": ("#0072B2", "o"),
     "average": ("#D55E00", "s"),
     "slowmo": ("#009E73", "^"),
-    "slowmo_0.3": ("#56B4E9", "v"),
     "easgd": ("#CC79A7", "D"),
     "pso_paper": ("#E69F00", "X"),
     "ssgd": ("#000000", "*"),
     "local": ("#999999", "P"),
 }
+_MARKERS = "v<>dph8Hx+1234"  # Of methods with arguments.
 
 
 def markdown(records):
@@ -134,6 +135,7 @@ def _differences(cells, methods, columns, peer):
 
 def _plot_accuracy(records, path, by_bytes):
     cells = _by_cell(records)
+    styles = _styles(records)
     partitions = list(dict.fromkeys(r["partition"] for r in records))
     figure, axes = _panels(1, len(partitions))
     for axis, partition in zip(axes[0], partitions):
@@ -145,9 +147,11 @@ def _plot_accuracy(records, path, by_bytes):
             values = [[100 * r["test_accuracy"] for r in group] for group in runs]
             mean = np.array([statistics.mean(v) for v in values])
             error = np.array([_standard_error(v) for v in values])
-            color, marker = _STYLES[method]
+            style = styles[method]
             if not by_bytes and method in ("local", "ssgd"):
-                axis.axhline(mean[0], color=color, linestyle="--", label=method)
+                axis.axhline(
+                    mean[0], color=style["color"], linestyle="--", label=method
+                )
                 continue
             x = [
                 statistics.mean(r["bytes_per_worker"] for r in group) / 1e6
@@ -157,8 +161,10 @@ def _plot_accuracy(records, path, by_bytes):
             ]
             if by_bytes and method == "local":
                 continue
-            axis.plot(x, mean, color=color, marker=marker, label=method)
-            axis.fill_between(x, mean - error, mean + error, color=color, alpha=0.2)
+            axis.plot(x, mean, label=method, **style)
+            axis.fill_between(
+                x, mean - error, mean + error, color=style["color"], alpha=0.2
+            )
         axis.set_xscale("log")
         if not by_bytes:
             intervals = sorted({n for _, n in _columns(records)})
@@ -179,6 +185,7 @@ def _plot_loss(records, path):
     partitions = list(dict.fromkeys(partition for partition, _ in columns))
     intervals = list(dict.fromkeys(n for _, n in columns))
     cells = _by_cell(records)
+    styles = _styles(records)
     figure, axes = _panels(len(partitions), len(intervals))
     for i, partition in enumerate(partitions):
         for j, interval in enumerate(intervals):
@@ -192,12 +199,13 @@ def _plot_loss(records, path):
                 mean = losses.mean(axis=0)
                 error = losses.std(axis=0, ddof=min(1, len(losses) - 1))
                 error /= math.sqrt(len(losses))
-                color, marker = _STYLES[method]
-                axis.plot(
-                    steps, mean, color=color, marker=marker, markevery=10, label=method
-                )
+                axis.plot(steps, mean, markevery=10, label=method, **styles[method])
                 axis.fill_between(
-                    steps, mean - error, mean + error, color=color, alpha=0.2
+                    steps,
+                    mean - error,
+                    mean + error,
+                    color=styles[method]["color"],
+                    alpha=0.2,
                 )
             axis.set_yscale("log")
             axis.set_title(f"partition: {partition}, interval: {interval}")
@@ -239,8 +247,26 @@ def _by_cell(records):
 
 
 def _methods(records):
-    names = {record["method"] for record in records}
-    return [name for name in _STYLES if name in names]
+    order = list(_STYLES)
+    return sorted(
+        {record["method"] for record in records},
+        key=lambda method: (order.index(comparison.name_of(method)), method),
+    )
+
+
+def _styles(records):
+    """Returns how the lines of each method look: a colour for each name."""
+    markers = itertools.cycle(_MARKERS)
+    styles = {}
+    for method in _methods(records):
+        color, marker = _STYLES[comparison.name_of(method)]
+        plain = method in _STYLES
+        styles[method] = {
+            "color": color,
+            "marker": marker if plain else next(markers),
+            "linestyle": "-" if plain else ":",
+        }
+    return styles
 
 
 def _columns(records):
