@@ -5,7 +5,7 @@ import time
 import keras
 import tensorflow as tf
 
-from tf_psops import _checks, rules, synchronizer
+from tf_psops import _checks, one_model, rules, synchronizer
 from tf_psops import strategy as strategy_lib
 
 
@@ -17,6 +17,15 @@ class PSOSync(keras.callbacks.Callback):
     a rule moves it. A last synchronisation closes training: `fit` leaves one agreed
     model on every replica of every worker. With an optimizer that has `use_ema`, that
     is the mean of the particles' moving averages.
+
+    From the first `fit` on, the model speaks for the whole swarm. Validation,
+    `evaluate`, `predict`, `get_weights`, `save`, `save_weights` and `export` take the
+    position that the last synchronisation agreed on, on every worker the same (the
+    starting one before the first), with the non-trainable state that was averaged
+    there; afterwards the particles go on from their own. `set_weights` and
+    `load_weights` make all particles start from there, and must be called on all
+    workers. Only the chief writes files, `predict` gives all rows on every worker, and
+    `evaluate` must be called on all workers.
 
     All workers must use it with the same arguments, and must train for the same
     number of steps.
@@ -136,6 +145,7 @@ class PSOSync(keras.callbacks.Callback):
                 average_slots=self.optimizer_slots == "average",
             )
             self.model.make_train_function(force=True)
+            one_model.speak_for_swarm(self.model, self._synchronizer)
         self._synchronizer.begin()
         self.sync_seconds = 0.0
         self._steps = self._synced_steps = 0

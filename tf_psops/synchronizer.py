@@ -1,5 +1,7 @@
 """One synchronisation: what all particles bring, what travels, where they move."""
 
+import contextlib
+
 import numpy as np
 import tensorflow as tf
 
@@ -50,10 +52,12 @@ class Synchronizer:
             *(state if average_non_trainable else []), *(slots if average_slots else [])
         )
         self._left_apart = pack(*([] if average_non_trainable else state))
-        self._rule_state, self._vector = self._make_state(strategy)
+        self._state = pack(*(state if average_non_trainable else []))
+        self._rule_state, self._vector, self._agreed_state = self._make_state(strategy)
         self._offer = tf.function(self._rule.offer, jit_compile=True)
         self._trial = tf.function(self._rule_trial, jit_compile=True)
         self._move = tf.function(self._rule_move, jit_compile=True)
+        self._apart = False
         self._sent = None
         self.num_syncs = 0
         self.bytes_moved = 0
@@ -69,10 +73,21 @@ class Synchronizer:
 
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
+        if self._apart:  # An earlier training was cut short.
+            self._show_agreed()
         self._begin()
+        self._apart = True
         self._sent = None
         self.num_syncs = 0
         self.bytes_moved = 0
+
+    def rest(self):
+        """Makes what the particles have now, all the same, what was agreed on.
+
+        For weights that the user has set. No collective runs.
+        """
+        self._rest_all()
+        self._sent = None
 
     def close(self, take_mean):
         """Puts all particles on the position that stands for the swarm.
@@ -82,9 +97,29 @@ class Synchronizer:
                 weights that are moving averages, and not what the rule agreed on.
         """
         self._close(take_mean)
+        self._apart = False
         if take_mean:
             self.num_syncs += 1
             self.bytes_moved += self._weights.size * self._dtype.size
+
+    @contextlib.contextmanager
+    def agreed(self):
+        """Puts the position that stands for the swarm in place of the particles' own.
+
+        It is the one that the last synchronisation left, on every worker the same; no
+        collective runs. On leaving, each particle gets its own back. Inside `agreed`,
+        and outside of training, nothing changes hands.
+        """
+        if not self._apart:
+            yield
+            return
+        own = self._show_agreed()
+        self._apart = False
+        try:
+            yield
+        finally:
+            self._take_back(own)
+            self._apart = True
 
     def synchronize(self):
         """Moves all particles once.
@@ -131,7 +166,11 @@ class Synchronizer:
         return fitness
 
     def _make_state(self, strategy):
-        """Returns the local replicas' rule states and last travelled vectors."""
+        """Returns what the local replicas remember of the last synchronisation.
+
+        The rule's states, the vectors that travelled, and the non-trainable state
+        that was averaged.
+        """
         position = tf.zeros([self._weights.size], self._dtype)
         with strategy.scope():
             state = tf.nest.map_structure(
@@ -139,6 +178,8 @@ class Synchronizer:
                 self._rule.init(position),
             )
             vector = tf.Variable(position, trainable=False)
+            averaged = tf.zeros([self._state.size], self._dtype)
+            averaged = tf.Variable(averaged, trainable=False)
         local = [
             tf.nest.map_structure(
                 lambda variable, replica=replica: strategy.experimental_local_results(
@@ -148,7 +189,8 @@ class Synchronizer:
             )
             for replica in range(len(self._devices))
         ]
-        return local, strategy.experimental_local_results(vector)
+        results = strategy.experimental_local_results
+        return local, results(vector), results(averaged)
 
     @tf.function(autograph=False)
     def _begin(self):
@@ -158,12 +200,21 @@ class Synchronizer:
 
         def begin(replica):
             self._start.unpack(replica, starts[replica])
-            position = starts[replica][: self._weights.size]
-            self._vector[replica].assign(position)
-            _assign(self._rule_state[replica], self._rule.init(position))
+            self._rest(replica)
             self._ledger.begin(replica)
 
         self._on_devices(begin)
+
+    @tf.function(autograph=False)
+    def _rest_all(self):
+        self._on_devices(self._rest)
+
+    def _rest(self, replica):
+        """Makes a replica's position what was agreed on, without a velocity."""
+        position = self._weights.pack(replica)
+        self._vector[replica].assign(position)
+        _assign(self._rule_state[replica], self._rule.init(position))
+        self._agreed_state[replica].assign(self._state.pack(replica))
 
     @tf.function(autograph=False)
     def _report(self):
@@ -206,6 +257,7 @@ class Synchronizer:
         def learn(replica):
             self._vector[replica].assign(vectors[replica])
             self._averaged.unpack(replica, extras[replica])
+            self._agreed_state[replica].assign(self._state.pack(replica))
             news = rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, self._dtype),
@@ -260,14 +312,35 @@ class Synchronizer:
         table = tf.where(tf.math.is_finite(table), table, float("inf"))
         return tf.reduce_mean(table, axis=0)
 
+    def _agreed_position(self, replica):
+        return self._rule.agreed(self._rule_state[replica], self._vector[replica])
+
+    @tf.function(autograph=False)
+    def _show_agreed(self):
+        """Shows what was agreed on, and returns what the local replicas had."""
+
+        def show(replica):
+            own = self._weights.pack(replica), self._state.pack(replica)
+            self._weights.unpack(replica, self._agreed_position(replica))
+            self._state.unpack(replica, self._agreed_state[replica])
+            return own
+
+        return self._on_devices(show)
+
+    @tf.function(autograph=False)
+    def _take_back(self, own):
+        def take(replica):
+            position, state = own[replica]
+            self._weights.unpack(replica, position)
+            self._state.unpack(replica, state)
+
+        self._on_devices(take)
+
     @tf.function(autograph=False)
     def _close(self, take_mean):
-        def agreed(replica):
-            if take_mean:
-                return self._weights.pack(replica)
-            return self._rule.agreed(self._rule_state[replica], self._vector[replica])
-
-        positions = self._on_devices(agreed)
+        positions = self._on_devices(
+            self._weights.pack if take_mean else self._agreed_position
+        )
         states = self._on_devices(self._left_apart.pack)
         if take_mean or self._left_apart.size:
             both = [tf.concat(pair, axis=0) for pair in zip(positions, states)]

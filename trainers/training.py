@@ -151,9 +151,7 @@ def train(
         write_text(
             output / "result.json", json.dumps(result._asdict(), indent=2) + "\n"
         )
-        unfinished = output / "unfinished.keras"
-        network.save(unfinished)
-        os.replace(unfinished, output / "model.keras")
+        network.save(output / "model.keras")
     return result
 
 

@@ -1,0 +1,103 @@
+"""Makes a Keras model speak for its whole swarm, not for one particle of it.
+
+Between two synchronisations every particle has weights of its own. What is asked of the
+model then, by Keras in `fit` or by another callback, is answered with the position that
+the swarm agreed on at its last synchronisation.
+"""
+
+import functools
+import os
+import pathlib
+import shutil
+
+import tensorflow as tf
+
+_ASKED = ("evaluate", "get_weights")
+_SAVED = ("save", "save_weights", "export")
+_SET = ("set_weights", "load_weights")
+
+
+def speak_for_swarm(model, synchronizer):
+    """Replaces the methods by which a model is evaluated, saved and set.
+
+    They take the position that the swarm agreed on, whatever each particle's own is.
+    `predict` gives all rows on every worker. Files are written by the chief alone, and
+    whole: a path holds the old file or the new one at any moment. Weights that are set
+    become what the swarm agreed on.
+
+    Args:
+        model: A `keras.Model` under a `SwarmStrategy`.
+        synchronizer: Its `Synchronizer`.
+    """
+    strategy = model.distribute_strategy
+    for name in (*_ASKED, *_SAVED, *_SET, "predict"):
+        method = getattr(type(model), name).__get__(model)
+        if name == "predict" and strategy.num_workers > 1:
+            method = _on_all_rows(method, strategy)
+        if name in _SAVED:
+            method = _by_chief(method, is_chief=strategy.worker_index == 0)
+        wrap = _then_rest if name in _SET else _as_agreed
+        # Past Keras, which tracks what a model is given.
+        object.__setattr__(model, name, wrap(method, synchronizer))
+
+
+def _as_agreed(method, synchronizer):
+    @functools.wraps(method)
+    def ask(*args, **kwargs):
+        with synchronizer.agreed():
+            return method(*args, **kwargs)
+
+    return ask
+
+
+def _then_rest(method, synchronizer):
+    @functools.wraps(method)
+    def set_all(*args, **kwargs):
+        result = method(*args, **kwargs)
+        synchronizer.rest()
+        return result
+
+    return set_all
+
+
+def _on_all_rows(predict, strategy):
+    """Lets every worker predict all rows, instead of its share of them."""
+
+    @functools.wraps(predict)
+    def predict_all(x, batch_size=None, **kwargs):
+        if not isinstance(x, tf.data.Dataset):
+            x = tf.data.Dataset.from_tensor_slices(x).batch(batch_size or 32)
+        return predict(
+            strategy.distribute_datasets_from_function(lambda context: x), **kwargs
+        )
+
+    return predict_all
+
+
+def _by_chief(save, is_chief):
+    """Lets the chief write, beside the path, and then move it there."""
+
+    @functools.wraps(save)
+    def save_whole(filepath, *args, **kwargs):
+        if not is_chief:
+            return
+        path = pathlib.Path(filepath)
+        overwrite = args[0] if args else kwargs.get("overwrite", True)
+        if "://" in str(filepath) or (path.exists() and not overwrite):
+            save(filepath, *args, **kwargs)  # Elsewhere; or Keras asks first.
+            return
+        # One name for all attempts: the next one clears away what a kill has left.
+        unfinished = path.parent / f".{path.name}.unfinished"
+        shutil.rmtree(unfinished, ignore_errors=True)
+        unfinished.mkdir(parents=True)
+        try:
+            save(unfinished / path.name, *args, **kwargs)
+            for written in unfinished.iterdir():
+                if (path.parent / written.name).is_dir():
+                    # A folder cannot be replaced in one step.
+                    shutil.rmtree(path.parent / written.name)
+                os.replace(written, path.parent / written.name)
+        finally:
+            shutil.rmtree(unfinished, ignore_errors=True)
+
+    return save_whole
