@@ -16,6 +16,7 @@ import time
 from absl import app, flags
 from absl.testing import absltest, flagsaver, parameterized
 
+from tf_psops import heartbeat
 from tf_psops import launch as launch_lib
 
 _TIMEOUT_SECONDS = 20
@@ -33,6 +34,7 @@ _AWAIT_READY = """
 while not os.path.exists(os.environ["PIDS"] + "/ready"):
     time.sleep(0.01)
 """
+_BEAT = f"import runpy; beat = runpy.run_path({heartbeat.__file__!r})['beat']\n"
 _IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
 
@@ -87,9 +89,9 @@ class LaunchTestCase(parameterized.TestCase):
     def _time_out(self, signum, frame):
         raise TimeoutError(f"{self.id()} hangs")
 
-    def launch(self, command, num_workers=2, grace_seconds=10.0):
+    def launch(self, command, num_workers=2, grace_seconds=10.0, **options):
         output = io.StringIO()
-        code = launch_lib.launch(command, num_workers, grace_seconds, output)
+        code = launch_lib.launch(command, num_workers, grace_seconds, output, **options)
         return code, output.getvalue().splitlines()
 
     def pids(self):
@@ -281,6 +283,53 @@ child.stdout.read(5)
         self.assertEqual(calls, [0, 1])
 
 
+class StallTest(LaunchTestCase):
+    def test_silent_worker_is_lost(self):
+        noisy = "while True: print('on'); time.sleep(0.1)"
+        code, lines = self.launch(_by_index(noisy, "time.sleep(100)"), stall_timeout=2)
+        self.assertEqual(code, 124)
+        self.assertEqual(
+            lines[-1],
+            "[launch] worker 1 made no progress for stall_timeout=2 seconds",
+        )
+
+    def test_output_and_beats_are_progress(self):
+        work = "for _ in range(40): time.sleep(0.1); "
+        code, lines = self.launch(
+            _by_index(work + "print('.', end='')", _BEAT + work + "beat()"),
+            stall_timeout=2.5,
+        )
+        self.assertEqual(code, 0, lines)
+        self.assertEqual(lines, ["[worker 0] " + 40 * "."])
+
+    def test_stopped_worker_is_asked_to_end(self):
+        program = """
+signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit()))
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+        code, lines = self.launch(_by_index(program), num_workers=1, stall_timeout=1)
+        self.assertEqual(code, 124)
+        self.assertIn("[worker 0] saved", lines)
+
+    def test_no_stall_while_launcher_is_held_up(self):
+        class Terminal(io.StringIO):
+            def write(self, text):
+                if "hold" in text:
+                    time.sleep(3)
+                return super().write(text)
+
+        # The second worker's lines wait while the first one's cannot be shown.
+        lively = _READY + "for _ in range(40): print('on'); time.sleep(0.1)"
+        output = Terminal()
+        code = launch_lib.launch(
+            _by_index(_AWAIT_READY + "print('hold')", lively),
+            num_workers=2,
+            output=output,
+            stall_timeout=2,
+        )
+        self.assertEqual(code, 0, output.getvalue())
+
+
 class ArgumentsTest(LaunchTestCase):
     @parameterized.parameters("sleep 1", "", [[]])
     def test_bad_command(self, command):
@@ -291,6 +340,10 @@ class ArgumentsTest(LaunchTestCase):
         with self.assertRaisesRegex(ValueError, r"`num_workers` .* Received: 0\."):
             launch_lib.launch(["true"], 0)
 
+    def test_bad_stall_timeout(self):
+        with self.assertRaisesRegex(ValueError, r"`stall_timeout` .* Received: -1\."):
+            launch_lib.launch(["true"], 1, stall_timeout=-1)
+
     def test_no_command(self):
         with self.assertRaisesRegex(app.UsageError, "-- python -m trainers.train"):
             launch_lib.main(["launch"])
@@ -299,14 +352,17 @@ class ArgumentsTest(LaunchTestCase):
     def test_main_passes_flags(self):
         command = ["python", "x.py", "--num_workers=5"]
         argv = flags.FLAGS(
-            ["launch", "--num_workers=3", "--grace_seconds=1.5", "--", *command]
+            [
+                *("launch", "--num_workers=3", "--grace_seconds=1.5"),
+                *("--stall_timeout=60", "--", *command),
+            ]
         )
         with (
             absltest.mock.patch.object(launch_lib, "launch", return_value=4) as launch,
             absltest.mock.patch.object(sys, "stdout"),
         ):
             self.assertEqual(launch_lib.main(argv), 4)
-        launch.assert_called_once_with(command, 3, 1.5)
+        launch.assert_called_once_with(command, 3, 1.5, stall_timeout=60)
 
     @parameterized.named_parameters(
         ("usage", [], 1, "Expected a command after"),

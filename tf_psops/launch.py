@@ -6,8 +6,13 @@ python -m tf_psops.launch --num_workers=4 -- \
 ```
 
 All workers run on this machine and find each other on free loopback ports. Their
-output is shown line by line, with the worker's index in front. If one worker fails,
+output is shown line by line, with the worker's index in front. If one worker is lost,
 the others are ended, because a swarm cannot synchronise without it.
+
+A worker is lost if it fails, or is ended by a signal; with `--stall_timeout` also if it
+makes no progress for so many seconds. Progress is output, or a call of
+`tf_psops.heartbeat.beat`. A worker that waits for a lost one makes none either, so the
+time has to be longer than any silence of a healthy run: its start, an evaluation.
 
 Each worker leads a process group, which is ended as a whole: first with a signal,
 then, after a grace, with SIGKILL. Should the launcher itself be killed, a small guard
@@ -25,6 +30,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -41,13 +47,23 @@ _GRACE_SECONDS = flags.DEFINE_float(
     "Time in seconds that a worker has to end by itself before it is killed.",
     lower_bound=0,
 )
+_STALL_TIMEOUT = flags.DEFINE_float(
+    "stall_timeout",
+    0.0,
+    "Time in seconds without progress after which a worker is lost; 0 for no limit.",
+    lower_bound=0,
+)
 
 _EXAMPLE = (
     "python -m tf_psops.launch --num_workers=4 -- python -m trainers.train "
     "--dataset=digits"
 )
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_STALLED_EXIT_CODE = 124  # As of timeout(1).
 _POLL_SECONDS = 0.01
+# What a pass of the loop counts for at most. If the launcher itself is held up, as by a
+# stopped terminal, so is the output of the workers.
+_MAX_PASS_SECONDS = 0.5
 # More than a pipe holds, so that one read empties it.
 _CHUNK_BYTES = 1 << 20
 # Each line of standard input lists the process groups that run; the end of the input
@@ -72,6 +88,8 @@ def launch(
     num_workers: int,
     grace_seconds: float = 10.0,
     output: TextIO | None = None,
+    *,
+    stall_timeout: float = 0.0,
 ) -> int:
     """Runs `command` as local workers and waits until all have ended.
 
@@ -89,14 +107,17 @@ def launch(
       grace_seconds: Time in seconds between asking a worker to end and killing it.
         Defaults to 10.
       output: Text stream for the workers' output. Defaults to `sys.stdout`.
+      stall_timeout: Time in seconds without progress (output, or a
+        `tf_psops.heartbeat.beat`) after which a worker is lost. Defaults to 0: no
+        limit.
 
     Returns:
-      0 if all workers exited with 0; else the exit code of the first that did not; 127
-      if the command cannot be started. Where a signal ended that worker, or was handed
-      on to all workers, 128 plus the signal's number.
+      0 if all workers exited with 0; else the exit code of the first that did not, 124
+      if it made no progress; 127 if the command cannot be started. Where a signal ended
+      that worker, or was handed on to all workers, 128 plus the signal's number.
 
     Raises:
-      ValueError: If `command` is empty or one string, or `num_workers` is less than 1.
+      ValueError: If `command` is empty or one string, or a number is out of its range.
       OSError: If `output` cannot be written to. The workers have been ended.
     """
     if isinstance(command, str) or not command:
@@ -104,11 +125,8 @@ def launch(
             f"`command` must be a non-empty list of strings. Received: {command!r}. "
             'Pass the program and each argument apart, such as ["python", "train.py"].'
         )
-    if num_workers < 1:
-        raise ValueError(
-            f"`num_workers` must be at least 1. Received: {num_workers}. "
-            "Pass the number of workers to run."
-        )
+    _check_at_least(1, "Pass the number of workers to run.", num_workers=num_workers)
+    _check_at_least(0, "Pass 0 for no limit.", stall_timeout=stall_timeout)
     with (
         _record_signals() as signums,
         subprocess.Popen(
@@ -119,11 +137,16 @@ def launch(
             start_new_session=True,
         ) as guard,
         selectors.DefaultSelector() as selector,
+        tempfile.TemporaryDirectory(prefix="tf_psops-") as heartbeats,
     ):
         group = _WorkerGroup(
-            grace_seconds, sys.stdout if output is None else output, guard, selector
+            grace_seconds,
+            stall_timeout or math.inf,
+            sys.stdout if output is None else output,
+            guard,
+            selector,
         )
-        group.start(command, num_workers)
+        group.start(command, num_workers, heartbeats)
         return group.wait(signums)
 
 
@@ -135,13 +158,19 @@ class _Worker:
         index: int,
         command: Sequence[str],
         tf_config: str,
+        heartbeat: str,
         grace_seconds: float,
         write: Callable[[str], None],
     ):
         self.index = index
         self.process = subprocess.Popen(
             command,
-            env={**os.environ, "TF_CONFIG": tf_config, "PYTHONUNBUFFERED": "1"},
+            env={
+                **os.environ,
+                "TF_CONFIG": tf_config,
+                "TF_PSOPS_HEARTBEAT": heartbeat,
+                "PYTHONUNBUFFERED": "1",
+            },
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -149,6 +178,9 @@ class _Worker:
             start_new_session=True,
         )
         os.set_blocking(self.process.stdout.fileno(), False)
+        self._heartbeat = heartbeat
+        self._last_beat = 0
+        self._silent_seconds = 0.0
         self._grace_seconds = grace_seconds
         self._kill_time = math.inf
         self._write = write
@@ -161,6 +193,8 @@ class _Worker:
     def print_output(self, final: bool = False) -> bool:
         """Prints the full lines at hand, all of them if `final`; false at the end."""
         chunk = self.process.stdout.read(_CHUNK_BYTES)  # None if the pipe is empty.
+        if chunk:
+            self._silent_seconds = 0.0
         # Keras goes back over its progress bar with backspaces.
         text = self._decoder.decode(chunk or b"", final).replace("\b", "")
         text = self._partial_line + text + ("\n" if final else "")
@@ -170,9 +204,30 @@ class _Worker:
         )
         return chunk != b""
 
+    def find_loss(
+        self, pass_seconds: float, stall_timeout: float
+    ) -> tuple[int, str] | None:
+        """Returns the launcher's exit code and the reason if the worker is lost."""
+        self._silent_seconds += pass_seconds
+        with contextlib.suppress(FileNotFoundError):  # Before the first beat.
+            beat = os.stat(self._heartbeat).st_mtime_ns
+            if beat != self._last_beat:
+                self._last_beat = beat
+                self._silent_seconds = 0.0
+        code = self.process.poll()
+        if code:
+            return _explain(self.index, code)
+        if code is None and self._silent_seconds > stall_timeout:
+            return _STALLED_EXIT_CODE, (
+                f"worker {self.index} made no progress for "
+                f"stall_timeout={stall_timeout:g} seconds"
+            )
+        return None
+
     def end(self, signum: int) -> None:
         """Sends a signal to the process group, to be killed after the grace."""
         self._signal(signum)
+        self._signal(signal.SIGCONT)  # A stopped process would not see the signal.
         self._kill_time = min(self._kill_time, time.monotonic() + self._grace_seconds)
 
     def is_running(self) -> bool:
@@ -203,11 +258,13 @@ class _WorkerGroup:
     def __init__(
         self,
         grace_seconds: float,
+        stall_timeout: float,
         output: TextIO,
         guard: subprocess.Popen,
         selector: selectors.BaseSelector,
     ):
         self._grace_seconds = grace_seconds
+        self._stall_timeout = stall_timeout
         self._output = output
         self._guard = guard
         self._selector = selector
@@ -216,12 +273,17 @@ class _WorkerGroup:
         self._reason = ""
         self._write_error: OSError | None = None
 
-    def start(self, command: Sequence[str], num_workers: int) -> None:
+    def start(self, command: Sequence[str], num_workers: int, heartbeats: str) -> None:
         """Starts the workers; if one cannot be started, ends them all."""
         for index, tf_config in enumerate(_tf_configs(num_workers)):
             try:
                 worker = _Worker(
-                    index, command, tf_config, self._grace_seconds, self._write
+                    index,
+                    command,
+                    tf_config,
+                    os.path.join(heartbeats, str(index)),
+                    self._grace_seconds,
+                    self._write,
                 )
             except OSError as error:
                 self._end(
@@ -237,6 +299,7 @@ class _WorkerGroup:
 
     def wait(self, signums: deque[int]) -> int:
         """Waits until no worker runs, and returns the exit code of the launcher."""
+        pass_start = time.monotonic()
         while self._workers:
             for key, _ in self._selector.select(_POLL_SECONDS):
                 if not key.data.print_output():
@@ -244,10 +307,12 @@ class _WorkerGroup:
             while signums:
                 signum = signums.popleft()
                 self._end(signum, 128 + signum, f"received {_describe(signum)}")
+            now = time.monotonic()
+            pass_seconds, pass_start = min(now - pass_start, _MAX_PASS_SECONDS), now
             for worker in list(self._workers):
-                code = worker.process.poll()
-                if code and not self._exit_code:
-                    self._end(signal.SIGTERM, *_explain(worker.index, code))
+                loss = worker.find_loss(pass_seconds, self._stall_timeout)
+                if loss and not self._exit_code:
+                    self._end(signal.SIGTERM, *loss)
                 if not worker.is_running():
                     self._remove(worker)
         if self._reason:
@@ -331,6 +396,14 @@ def _explain(index: int, returncode: int) -> tuple[int, str]:
     return returncode, f"worker {index} failed with exit code {returncode}"
 
 
+def _check_at_least(low: int, remedy: str, **argument: float) -> None:
+    [(name, value)] = argument.items()
+    if value < low:
+        raise ValueError(
+            f"`{name}` must be at least {low}. Received: {value}. {remedy}"
+        )
+
+
 def _describe(signum: int) -> str:
     return f"signal {signum} ({signal.strsignal(signum)})"
 
@@ -344,7 +417,12 @@ def main(argv: Sequence[str]) -> int:
         )
     # A worker may print what the terminal cannot show; that must not end the run.
     sys.stdout.reconfigure(errors="backslashreplace")
-    return launch(command, _NUM_WORKERS.value, _GRACE_SECONDS.value)
+    return launch(
+        command,
+        _NUM_WORKERS.value,
+        _GRACE_SECONDS.value,
+        stall_timeout=_STALL_TIMEOUT.value,
+    )
 
 
 if __name__ == "__main__":
