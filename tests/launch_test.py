@@ -35,6 +35,12 @@ while not os.path.exists(os.environ["PIDS"] + "/ready"):
     time.sleep(0.01)
 """
 _BEAT = f"import runpy; beat = runpy.run_path({heartbeat.__file__!r})['beat']\n"
+# Counts how many times this worker has been started, from 1.
+_COUNT = """
+with open(f"{os.environ['PIDS']}/{index}", "a") as file:
+    file.write(".")
+    attempt = file.tell()
+"""
 _IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
 
 
@@ -95,7 +101,7 @@ class LaunchTestCase(parameterized.TestCase):
         return code, output.getvalue().splitlines()
 
     def pids(self):
-        names = [path.name for path in self.pids_dir.iterdir()]
+        names = [path.name for path in self.pids_dir.glob("*-*")]
         return [int(pid) for name in names for pid in name.split("-")]
 
     def assert_no_orphan(self, num_workers=2):
@@ -330,6 +336,75 @@ os.kill(os.getpid(), signal.SIGSTOP)
         self.assertEqual(code, 0, output.getvalue())
 
 
+class RestartTest(LaunchTestCase):
+    @parameterized.named_parameters(
+        ("exit_code", "sys.exit(3)", "failed with exit code 3"),
+        ("preempted", "os.kill(os.getpid(), signal.SIGTERM)", "was ended by signal 15"),
+        ("stopped", "os.kill(os.getpid(), signal.SIGSTOP)", "made no progress for"),
+    )
+    def test_after_loss(self, loss, reason):
+        show = "print(attempt, os.environ['TF_CONFIG'])\n"
+        code, lines = self.launch(
+            _by_index(
+                _COUNT + show + _AWAIT_READY,
+                f"{_COUNT}{show}\nif attempt == 1: {loss}\n{_READY}",
+            ),
+            stall_timeout=2.5,
+            max_restarts=3,
+        )
+        self.assertEqual(code, 0, lines)
+        launch_lines = [line for line in lines if line.startswith("[launch]")]
+        self.assertLen(launch_lines, 4)
+        self.assertRegex(launch_lines[0], rf"^\[launch\] worker \d {reason}")
+        self.assertStartsWith(launch_lines[1], "[launch] restart 1 of 3")
+        self.assertEqual(launch_lines[2], "[launch] restarts: 1, workers at the end: 2")
+        self.assertRegex(launch_lines[3], rf"^\[launch\] restart 1: worker \d {reason}")
+        clusters = [
+            json.loads(line.split(" ", 3)[3])["cluster"]["worker"]
+            for line in lines
+            if line.startswith("[worker 1]")
+        ]
+        self.assertLen(clusters, 2)
+        self.assertNotEqual(*clusters)
+
+    def test_bounded(self):
+        code, lines = self.launch(
+            _by_index("time.sleep(100)", _COUNT + "sys.exit(attempt)"), max_restarts=2
+        )
+        self.assertEqual(code, 3)
+        self.assertEqual(
+            lines[-4:],
+            [
+                "[launch] worker 1 failed with exit code 3",
+                "[launch] restarts: 2, workers at the end: 2",
+                "[launch] restart 1: worker 1 failed with exit code 1",
+                "[launch] restart 2: worker 1 failed with exit code 2",
+            ],
+        )
+
+    def test_nothing_to_restart(self):
+        code, lines = self.launch(["true"], max_restarts=3)
+        self.assertEqual((code, lines), (0, []))
+
+    def test_cannot_start(self):
+        code, lines = self.launch(["/no/such/program"], max_restarts=3)
+        self.assertEqual(code, 127)
+        self.assertLen(lines, 1)
+
+    def test_leaves_no_orphan_and_waits_little(self):
+        start = _COUNT + _PARENT
+        stubborn = _IGNORE_SIGTERM + _READY + "if attempt == 1: time.sleep(100)"
+        fails_once = _AWAIT_READY + "if attempt == 1: sys.exit(3)"
+        with absltest.mock.patch.object(launch_lib, "_RESTART_GRACE_SECONDS", 0.3):
+            code, lines = self.launch(
+                _by_index(start + stubborn, start + fails_once),
+                grace_seconds=100,
+                max_restarts=1,
+            )
+        self.assertEqual(code, 0, lines)
+        self.assert_no_orphan(num_workers=4)
+
+
 class ArgumentsTest(LaunchTestCase):
     @parameterized.parameters("sleep 1", "", [[]])
     def test_bad_command(self, command):
@@ -340,9 +415,10 @@ class ArgumentsTest(LaunchTestCase):
         with self.assertRaisesRegex(ValueError, r"`num_workers` .* Received: 0\."):
             launch_lib.launch(["true"], 0)
 
-    def test_bad_stall_timeout(self):
-        with self.assertRaisesRegex(ValueError, r"`stall_timeout` .* Received: -1\."):
-            launch_lib.launch(["true"], 1, stall_timeout=-1)
+    @parameterized.parameters("stall_timeout", "max_restarts")
+    def test_bad_number(self, name):
+        with self.assertRaisesRegex(ValueError, rf"`{name}` .* Received: -1\."):
+            launch_lib.launch(["true"], 1, **{name: -1})
 
     def test_no_command(self):
         with self.assertRaisesRegex(app.UsageError, "-- python -m trainers.train"):
@@ -354,7 +430,7 @@ class ArgumentsTest(LaunchTestCase):
         argv = flags.FLAGS(
             [
                 *("launch", "--num_workers=3", "--grace_seconds=1.5"),
-                *("--stall_timeout=60", "--", *command),
+                *("--stall_timeout=60", "--max_restarts=4", "--", *command),
             ]
         )
         with (
@@ -362,7 +438,9 @@ class ArgumentsTest(LaunchTestCase):
             absltest.mock.patch.object(sys, "stdout"),
         ):
             self.assertEqual(launch_lib.main(argv), 4)
-        launch.assert_called_once_with(command, 3, 1.5, stall_timeout=60)
+        launch.assert_called_once_with(
+            command, 3, 1.5, stall_timeout=60, max_restarts=4
+        )
 
     @parameterized.named_parameters(
         ("usage", [], 1, "Expected a command after"),
@@ -434,6 +512,33 @@ time.sleep(100)
             process.terminate()
             process.communicate(timeout=_TIMEOUT_SECONDS)
         self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+        self.assert_no_orphan()
+
+    def test_no_restart_after_signal(self):
+        with self.launcher(_PARENT + "time.sleep(100)", "--max_restarts=9") as process:
+            process.terminate()
+            output, _ = process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+        self.assertEqual(output.count("[launch]"), 1, output)
+        self.assert_no_orphan()
+
+    def test_no_restart_after_loss_and_signal(self):
+        program = f"""
+{_PARENT}
+if '"index": 1' in os.environ["TF_CONFIG"]:
+    while not os.path.exists(os.environ["PIDS"] + "/ready"):
+        time.sleep(0.01)
+    sys.exit(3)
+{_IGNORE_SIGTERM}{_READY}
+time.sleep(100)
+"""
+        with self.launcher(program, "--max_restarts=9") as process:
+            # The launcher has seen the loss when only the stubborn worker is left.
+            _wait_until(lambda: sum(map(_is_running, self.pids())) == 1)
+            process.terminate()
+            output, _ = process.communicate(timeout=_TIMEOUT_SECONDS)
+        self.assertEqual(process.returncode, 128 + signal.SIGTERM)
+        self.assertEqual(output.count("[launch]"), 1, output)
         self.assert_no_orphan()
 
     def test_killed_launcher_leaves_no_orphan(self):

@@ -14,6 +14,17 @@ makes no progress for so many seconds. Progress is output, or a call of
 `tf_psops.heartbeat.beat`. A worker that waits for a lost one makes none either, so the
 time has to be longer than any silence of a healthy run: its start, an evaluation.
 
+With `--max_restarts`, all workers are then started again, on new ports, so that a
+command that keeps backups goes on from the last one:
+
+```bash
+python -m tf_psops.launch --num_workers=4 --max_restarts=10 --stall_timeout=600 -- \
+    python -m trainers.train --dataset=digits
+```
+
+A command that cannot be started is not tried again, and a signal to the launcher ends
+the run. At the end the launcher tells how often it restarted, and why.
+
 Each worker leads a process group, which is ended as a whole: first with a signal,
 then, after a grace, with SIGKILL. Should the launcher itself be killed, a small guard
 process kills the groups. Only a process that moves to another process group escapes.
@@ -53,6 +64,12 @@ _STALL_TIMEOUT = flags.DEFINE_float(
     "Time in seconds without progress after which a worker is lost; 0 for no limit.",
     lower_bound=0,
 )
+_MAX_RESTARTS = flags.DEFINE_integer(
+    "max_restarts",
+    0,
+    "How many times to start all workers again after one was lost.",
+    lower_bound=0,
+)
 
 _EXAMPLE = (
     "python -m tf_psops.launch --num_workers=4 -- python -m trainers.train "
@@ -60,6 +77,8 @@ _EXAMPLE = (
 )
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _STALLED_EXIT_CODE = 124  # As of timeout(1).
+# Before a restart; the others may hang in a collective with the lost worker.
+_RESTART_GRACE_SECONDS = 2.0
 _POLL_SECONDS = 0.01
 # What a pass of the loop counts for at most. If the launcher itself is held up, as by a
 # stopped terminal, so is the output of the workers.
@@ -90,6 +109,7 @@ def launch(
     output: TextIO | None = None,
     *,
     stall_timeout: float = 0.0,
+    max_restarts: int = 0,
 ) -> int:
     """Runs `command` as local workers and waits until all have ended.
 
@@ -110,11 +130,14 @@ def launch(
       stall_timeout: Time in seconds without progress (output, or a
         `tf_psops.heartbeat.beat`) after which a worker is lost. Defaults to 0: no
         limit.
+      max_restarts: How many times to start all workers again after one was lost, with
+        new ports. Before a restart the grace is at most 2 seconds. Defaults to 0.
 
     Returns:
       0 if all workers exited with 0; else the exit code of the first that did not, 124
       if it made no progress; 127 if the command cannot be started. Where a signal ended
-      that worker, or was handed on to all workers, 128 plus the signal's number.
+      that worker, or was handed on to all workers, 128 plus the signal's number. Of
+      several attempts the last one counts.
 
     Raises:
       ValueError: If `command` is empty or one string, or a number is out of its range.
@@ -127,6 +150,9 @@ def launch(
         )
     _check_at_least(1, "Pass the number of workers to run.", num_workers=num_workers)
     _check_at_least(0, "Pass 0 for no limit.", stall_timeout=stall_timeout)
+    _check_at_least(0, "Pass 0 for no restarts.", max_restarts=max_restarts)
+    output = sys.stdout if output is None else output
+    reasons: list[str] = []
     with (
         _record_signals() as signums,
         subprocess.Popen(
@@ -137,17 +163,23 @@ def launch(
             start_new_session=True,
         ) as guard,
         selectors.DefaultSelector() as selector,
-        tempfile.TemporaryDirectory(prefix="tf_psops-") as heartbeats,
     ):
-        group = _WorkerGroup(
-            grace_seconds,
-            stall_timeout or math.inf,
-            sys.stdout if output is None else output,
-            guard,
-            selector,
-        )
-        group.start(command, num_workers, heartbeats)
-        return group.wait(signums)
+        while True:
+            group = _WorkerGroup(
+                grace_seconds, stall_timeout or math.inf, output, guard, selector
+            )
+            with tempfile.TemporaryDirectory(prefix="tf_psops-") as heartbeats:
+                group.start(command, num_workers, heartbeats)
+                exit_code = group.wait(signums, len(reasons) < max_restarts)
+            if not group.lost:
+                break
+            reasons.append(group.reason)
+            _log(output, f"restart {len(reasons)} of {max_restarts}")
+    if reasons:
+        _log(output, f"restarts: {len(reasons)}, workers at the end: {num_workers}")
+        for number, reason in enumerate(reasons, 1):
+            _log(output, f"restart {number}: {reason}")
+    return exit_code
 
 
 class _Worker:
@@ -224,11 +256,12 @@ class _Worker:
             )
         return None
 
-    def end(self, signum: int) -> None:
+    def end(self, signum: int, grace_seconds: float = math.inf) -> None:
         """Sends a signal to the process group, to be killed after the grace."""
         self._signal(signum)
         self._signal(signal.SIGCONT)  # A stopped process would not see the signal.
-        self._kill_time = min(self._kill_time, time.monotonic() + self._grace_seconds)
+        grace_seconds = min(grace_seconds, self._grace_seconds)
+        self._kill_time = min(self._kill_time, time.monotonic() + grace_seconds)
 
     def is_running(self) -> bool:
         """Tells whether the process group runs, and ends what it should not leave."""
@@ -270,7 +303,8 @@ class _WorkerGroup:
         self._selector = selector
         self._workers: list[_Worker] = []
         self._exit_code = 0
-        self._reason = ""
+        self.reason = ""
+        self.lost: _Worker | None = None
         self._write_error: OSError | None = None
 
     def start(self, command: Sequence[str], num_workers: int, heartbeats: str) -> None:
@@ -297,8 +331,11 @@ class _WorkerGroup:
             self._tell_guard()
             self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
 
-    def wait(self, signums: deque[int]) -> int:
-        """Waits until no worker runs, and returns the exit code of the launcher."""
+    def wait(self, signums: deque[int], may_restart: bool) -> int:
+        """Waits until no worker runs, and returns the exit code of the launcher.
+
+        Leaves the worker whose loss asks for a restart, if that may be, in `lost`.
+        """
         pass_start = time.monotonic()
         while self._workers:
             for key, _ in self._selector.select(_POLL_SECONDS):
@@ -312,11 +349,11 @@ class _WorkerGroup:
             for worker in list(self._workers):
                 loss = worker.find_loss(pass_seconds, self._stall_timeout)
                 if loss and not self._exit_code:
-                    self._end(signal.SIGTERM, *loss)
+                    self._end(signal.SIGTERM, *loss, worker if may_restart else None)
                 if not worker.is_running():
                     self._remove(worker)
-        if self._reason:
-            self._write(f"[launch] {self._reason}\n")
+        if self.reason:
+            self._write(f"[launch] {self.reason}\n")
         if self._write_error:
             raise self._write_error
         return self._exit_code
@@ -332,12 +369,14 @@ class _WorkerGroup:
             self._write_error = error
             self._end(signal.SIGTERM, 1, "cannot write the output")
 
-    def _end(self, signum: int, exit_code: int, reason: str) -> None:
-        """Ends all workers; the first exit code and reason are kept."""
-        if not self._exit_code:
-            self._exit_code, self._reason = exit_code, reason
+    def _end(
+        self, signum: int, exit_code: int, reason: str, lost: _Worker | None = None
+    ) -> None:
+        """Ends all workers; the first reason counts, unless it asks for a restart."""
+        if not self._exit_code or self.lost:
+            self._exit_code, self.reason, self.lost = exit_code, reason, lost
         for worker in self._workers:
-            worker.end(signum)
+            worker.end(signum, _RESTART_GRACE_SECONDS if lost else math.inf)
 
     def _remove(self, worker: _Worker) -> None:
         self._workers.remove(worker)
@@ -404,6 +443,10 @@ def _check_at_least(low: int, remedy: str, **argument: float) -> None:
         )
 
 
+def _log(output: TextIO, text: str) -> None:
+    print(f"[launch] {text}", file=output, flush=True)
+
+
 def _describe(signum: int) -> str:
     return f"signal {signum} ({signal.strsignal(signum)})"
 
@@ -422,6 +465,7 @@ def main(argv: Sequence[str]) -> int:
         _NUM_WORKERS.value,
         _GRACE_SECONDS.value,
         stall_timeout=_STALL_TIMEOUT.value,
+        max_restarts=_MAX_RESTARTS.value,
     )
 
 
