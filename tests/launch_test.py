@@ -404,6 +404,50 @@ class RestartTest(LaunchTestCase):
         self.assertEqual(code, 0, lines)
         self.assert_no_orphan(num_workers=4)
 
+    def numbers_of_workers(self, program, **options):
+        """Returns the exit code and each restart's number of workers; first it is 3."""
+        program = f"""
+workers = len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+{_COUNT}{program}
+"""
+        code, lines = self.launch(
+            _by_index(*[program] * 3), num_workers=3, max_restarts=4, **options
+        )
+        numbers = re.findall(r"restart \d of 4, workers: (\d)", "\n".join(lines))
+        self.assertIn(
+            f"[launch] restarts: {len(numbers)}, workers at the end: {numbers[-1]}",
+            lines,
+        )
+        return code, "".join(numbers)
+
+    def test_goes_on_with_fewer_workers(self):
+        program = "if workers == 3: sys.exit(3) if index == 2 else time.sleep(100)"
+        result = self.numbers_of_workers(program, min_workers=1)
+        self.assertEqual(result, (0, "32"))
+
+    @parameterized.named_parameters(
+        ("fewer", "", 1, "3211"),
+        ("not_below_min_workers", "", 2, "3222"),
+        ("not_by_default", "", None, "3333"),
+        ("not_after_progress", _BEAT + "beat()", 1, "3333"),
+    )
+    def test_always_the_same_worker(self, program, min_workers, numbers):
+        program += "\nsys.exit(3) if index == 0 else time.sleep(100)"
+        result = self.numbers_of_workers(program, min_workers=min_workers)
+        self.assertEqual(result, (3, numbers))
+
+    def test_never_the_same_worker(self):
+        program = """
+def has_started(worker):
+    path = f"{os.environ['PIDS']}/{worker}"
+    return os.path.exists(path) and os.path.getsize(path) == attempt
+while not all(map(has_started, range(3))):
+    time.sleep(0.01)
+sys.exit(3) if index == attempt % 2 else time.sleep(100)
+"""
+        result = self.numbers_of_workers(program, min_workers=1)
+        self.assertEqual(result, (3, "3333"))
+
 
 class ArgumentsTest(LaunchTestCase):
     @parameterized.parameters("sleep 1", "", [[]])
@@ -420,6 +464,13 @@ class ArgumentsTest(LaunchTestCase):
         with self.assertRaisesRegex(ValueError, rf"`{name}` .* Received: -1\."):
             launch_lib.launch(["true"], 1, **{name: -1})
 
+    @parameterized.parameters(0, 3)
+    def test_bad_min_workers(self, min_workers):
+        with self.assertRaisesRegex(
+            ValueError, rf"`min_workers` .*num_workers=2. Received: {min_workers}\."
+        ):
+            launch_lib.launch(["true"], 2, min_workers=min_workers)
+
     def test_no_command(self):
         with self.assertRaisesRegex(app.UsageError, "-- python -m trainers.train"):
             launch_lib.main(["launch"])
@@ -430,7 +481,8 @@ class ArgumentsTest(LaunchTestCase):
         argv = flags.FLAGS(
             [
                 *("launch", "--num_workers=3", "--grace_seconds=1.5"),
-                *("--stall_timeout=60", "--max_restarts=4", "--", *command),
+                *("--stall_timeout=60", "--max_restarts=4", "--min_workers=2"),
+                *("--", *command),
             ]
         )
         with (
@@ -439,12 +491,13 @@ class ArgumentsTest(LaunchTestCase):
         ):
             self.assertEqual(launch_lib.main(argv), 4)
         launch.assert_called_once_with(
-            command, 3, 1.5, stall_timeout=60, max_restarts=4
+            command, 3, 1.5, stall_timeout=60, max_restarts=4, min_workers=2
         )
 
     @parameterized.named_parameters(
         ("usage", [], 1, "Expected a command after"),
         ("num_workers", ["--num_workers=0", "--", "true"], 1, "num_workers=0"),
+        ("min_workers", ["--min_workers=3", "--", "true"], 1, "min_workers=3"),
     )
     def test_command_line_error(self, arguments, code, message):
         result = subprocess.run(

@@ -18,9 +18,15 @@ With `--max_restarts`, all workers are then started again, on new ports, so that
 command that keeps backups goes on from the last one:
 
 ```bash
-python -m tf_psops.launch --num_workers=4 --max_restarts=10 --stall_timeout=600 -- \
-    python -m trainers.train --dataset=digits
+python -m tf_psops.launch --num_workers=4 --max_restarts=10 --min_workers=2 \
+    --stall_timeout=600 -- python -m trainers.train --dataset=digits
 ```
+
+`--min_workers` lets the run go on with fewer workers if one does not come back: if the
+same worker is lost in two attempts in a row, in the second before its first beat. The
+next attempt then has one worker less, all with new indices. Output is no sign of a
+comeback, for a failing program prints why; so every loss of a command that never beats
+counts as one before the first beat.
 
 A command that cannot be started is not tried again, and a signal to the launcher ends
 the run. At the end the launcher tells how often it restarted, and why.
@@ -70,6 +76,18 @@ _MAX_RESTARTS = flags.DEFINE_integer(
     "How many times to start all workers again after one was lost.",
     lower_bound=0,
 )
+_MIN_WORKERS = flags.DEFINE_integer(
+    "min_workers",
+    None,
+    "Number of workers to go on with at least, if others do not come back after a "
+    "restart. By default all have to.",
+    lower_bound=1,
+)
+flags.register_multi_flags_validator(
+    ["num_workers", "min_workers"],
+    lambda values: (values["min_workers"] or 1) <= values["num_workers"],
+    message="Expected --min_workers to be at most --num_workers. Lower it.",
+)
 
 _EXAMPLE = (
     "python -m tf_psops.launch --num_workers=4 -- python -m trainers.train "
@@ -110,6 +128,7 @@ def launch(
     *,
     stall_timeout: float = 0.0,
     max_restarts: int = 0,
+    min_workers: int | None = None,
 ) -> int:
     """Runs `command` as local workers and waits until all have ended.
 
@@ -132,6 +151,9 @@ def launch(
         limit.
       max_restarts: How many times to start all workers again after one was lost, with
         new ports. Before a restart the grace is at most 2 seconds. Defaults to 0.
+      min_workers: Number of workers to go on with at least, if others do not come
+        back: after two attempts in a row that lost the same worker, the second before
+        its first beat, the next has one worker less. Defaults to `num_workers`.
 
     Returns:
       0 if all workers exited with 0; else the exit code of the first that did not, 124
@@ -148,11 +170,19 @@ def launch(
             f"`command` must be a non-empty list of strings. Received: {command!r}. "
             'Pass the program and each argument apart, such as ["python", "train.py"].'
         )
-    _check_at_least(1, "Pass the number of workers to run.", num_workers=num_workers)
-    _check_at_least(0, "Pass 0 for no limit.", stall_timeout=stall_timeout)
-    _check_at_least(0, "Pass 0 for no restarts.", max_restarts=max_restarts)
+    if min_workers is None:
+        min_workers = num_workers
+    _check(num_workers >= 1, "at least 1", num_workers=num_workers)
+    _check(stall_timeout >= 0, "at least 0 (no limit)", stall_timeout=stall_timeout)
+    _check(max_restarts >= 0, "at least 0 (no restart)", max_restarts=max_restarts)
+    _check(
+        1 <= min_workers <= num_workers,
+        f"from 1 to num_workers={num_workers}",
+        min_workers=min_workers,
+    )
     output = sys.stdout if output is None else output
     reasons: list[str] = []
+    lost_index = None
     with (
         _record_signals() as signums,
         subprocess.Popen(
@@ -174,7 +204,13 @@ def launch(
             if not group.lost:
                 break
             reasons.append(group.reason)
-            _log(output, f"restart {len(reasons)} of {max_restarts}")
+            if group.lost.index == lost_index and not group.lost.has_beaten:
+                num_workers = max(min_workers, num_workers - 1)
+            lost_index = group.lost.index
+            _log(
+                output,
+                f"restart {len(reasons)} of {max_restarts}, workers: {num_workers}",
+            )
     if reasons:
         _log(output, f"restarts: {len(reasons)}, workers at the end: {num_workers}")
         for number, reason in enumerate(reasons, 1):
@@ -211,6 +247,7 @@ class _Worker:
         )
         os.set_blocking(self.process.stdout.fileno(), False)
         self._heartbeat = heartbeat
+        self.has_beaten = False
         self._last_beat = 0
         self._silent_seconds = 0.0
         self._grace_seconds = grace_seconds
@@ -240,13 +277,14 @@ class _Worker:
         self, pass_seconds: float, stall_timeout: float
     ) -> tuple[int, str] | None:
         """Returns the launcher's exit code and the reason if the worker is lost."""
+        code = self.process.poll()
         self._silent_seconds += pass_seconds
         with contextlib.suppress(FileNotFoundError):  # Before the first beat.
             beat = os.stat(self._heartbeat).st_mtime_ns
             if beat != self._last_beat:
                 self._last_beat = beat
+                self.has_beaten = True
                 self._silent_seconds = 0.0
-        code = self.process.poll()
         if code:
             return _explain(self.index, code)
         if code is None and self._silent_seconds > stall_timeout:
@@ -435,11 +473,12 @@ def _explain(index: int, returncode: int) -> tuple[int, str]:
     return returncode, f"worker {index} failed with exit code {returncode}"
 
 
-def _check_at_least(low: int, remedy: str, **argument: float) -> None:
-    [(name, value)] = argument.items()
-    if value < low:
+def _check(good: bool, expected: str, **argument: float) -> None:
+    if not good:
+        [(name, value)] = argument.items()
         raise ValueError(
-            f"`{name}` must be at least {low}. Received: {value}. {remedy}"
+            f"`{name}` must be {expected}. Received: {value}. Pass a number in this "
+            "range."
         )
 
 
@@ -466,6 +505,7 @@ def main(argv: Sequence[str]) -> int:
         _GRACE_SECONDS.value,
         stall_timeout=_STALL_TIMEOUT.value,
         max_restarts=_MAX_RESTARTS.value,
+        min_workers=_MIN_WORKERS.value,
     )
 
 
