@@ -594,11 +594,15 @@ time.sleep(100)
         self.assertEqual(output.count("[launch]"), 1, output)
         self.assert_no_orphan()
 
-    def test_killed_launcher_leaves_no_orphan(self):
+    def test_killed_launcher_leaves_nothing(self):
+        folder = self.enter_context(tempfile.TemporaryDirectory())
+        self.enter_context(absltest.mock.patch.dict(os.environ, {"TMPDIR": folder}))
         with self.launcher(_IGNORE_SIGTERM + _PARENT + "time.sleep(100)") as process:
+            self.assertLen(os.listdir(folder), 1)
             process.kill()
             process.communicate(timeout=_TIMEOUT_SECONDS)
         self.assert_no_orphan()
+        _wait_until(lambda: not os.listdir(folder))
 
     def test_ignored_signal_stays_ignored(self):
         handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)

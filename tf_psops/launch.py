@@ -29,7 +29,8 @@ comeback, for a failing program prints why; so every loss of a command that neve
 counts as one before the first beat.
 
 A command that cannot be started is not tried again, and a signal to the launcher ends
-the run. At the end the launcher tells how often it restarted, and why.
+the run. At the end the launcher tells how often it restarted, why, and with how many
+workers it ended.
 
 Each worker leads a process group, which is ended as a whole: first with a signal,
 then, after a grace, with SIGKILL. Should the launcher itself be killed, a small guard
@@ -104,9 +105,10 @@ _MAX_PASS_SECONDS = 0.5
 # More than a pipe holds, so that one read empties it.
 _CHUNK_BYTES = 1 << 20
 # Each line of standard input lists the process groups that run; the end of the input
-# means that the launcher is gone, for whatever reason.
+# means that the launcher is gone, for whatever reason. The argument is the folder with
+# the heartbeats.
 _GUARD = """
-import os, signal, sys
+import os, shutil, signal, sys
 for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
     signal.signal(signum, signal.SIG_IGN)
 groups = ""
@@ -117,6 +119,7 @@ for group in groups.split():
         os.killpg(int(group), signal.SIGKILL)
     except OSError:
         pass
+shutil.rmtree(sys.argv[1], ignore_errors=True)
 """
 
 
@@ -183,10 +186,11 @@ def launch(
     output = sys.stdout if output is None else output
     reasons: list[str] = []
     lost_index = None
+    heartbeats = tempfile.mkdtemp(prefix="tf_psops-")
     with (
         _record_signals() as signums,
         subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD],
+            [sys.executable, "-I", "-S", "-c", _GUARD, heartbeats],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
             bufsize=0,
@@ -198,9 +202,8 @@ def launch(
             group = _WorkerGroup(
                 grace_seconds, stall_timeout or math.inf, output, guard, selector
             )
-            with tempfile.TemporaryDirectory(prefix="tf_psops-") as heartbeats:
-                group.start(command, num_workers, heartbeats)
-                exit_code = group.wait(signums, len(reasons) < max_restarts)
+            group.start(command, num_workers, f"{heartbeats}/{len(reasons)}")
+            exit_code = group.wait(signums, len(reasons) < max_restarts)
             if not group.lost:
                 break
             reasons.append(group.reason)
@@ -231,6 +234,7 @@ class _Worker:
         write: Callable[[str], None],
     ):
         self.index = index
+        self.has_beaten = False
         self.process = subprocess.Popen(
             command,
             env={
@@ -247,7 +251,6 @@ class _Worker:
         )
         os.set_blocking(self.process.stdout.fileno(), False)
         self._heartbeat = heartbeat
-        self.has_beaten = False
         self._last_beat = 0
         self._silent_seconds = 0.0
         self._grace_seconds = grace_seconds
@@ -345,7 +348,7 @@ class _WorkerGroup:
         self.lost: _Worker | None = None
         self._write_error: OSError | None = None
 
-    def start(self, command: Sequence[str], num_workers: int, heartbeats: str) -> None:
+    def start(self, command: Sequence[str], num_workers: int, heartbeat: str) -> None:
         """Starts the workers; if one cannot be started, ends them all."""
         for index, tf_config in enumerate(_tf_configs(num_workers)):
             try:
@@ -353,7 +356,7 @@ class _WorkerGroup:
                     index,
                     command,
                     tf_config,
-                    os.path.join(heartbeats, str(index)),
+                    f"{heartbeat}-{index}",
                     self._grace_seconds,
                     self._write,
                 )
