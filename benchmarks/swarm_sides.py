@@ -1,0 +1,136 @@
+"""The sides of `benchmarks.sync_step` that run on TensorFlow.
+
+All share one model. A batch of one row through 60 layers keeps the scoring of trial
+positions real, and small beside the synchronisation.
+"""
+
+import json
+import os
+
+import keras
+import tensorflow as tf
+
+import tf_psops
+from tf_psops import synchronizer
+
+_RULES = {
+    "psops": lambda: tf_psops.PSOSync(1).rule,
+    # Leaves all particles on the best, as the peers' broadcasts do.
+    "psops_broadcast": lambda: tf_psops.ParticleSwarm(take="global_best"),
+    "psops_all_reduce": tf_psops.ParameterAverage,
+}
+
+
+def make(names, shapes, links):
+    """Makes this worker's part of some sides.
+
+    Args:
+        names: Names of the sides: "psops", "psops_broadcast", "psops_all_reduce",
+            "all_gather".
+        shapes: The shapes of the model's weights, all of them [size, size].
+        links: A `benchmarks.sync_step.Links`.
+
+    Returns:
+        A dict of each name to its side. A side has `prepare(value, loss)`, which
+        fills this worker's weights with a value and gives it a loss, `sync()`, and
+        `weights()`, an iterable of NumPy arrays.
+    """
+    task = {"type": "worker", "index": links.rank}
+    cluster = {"worker": links.addresses}
+    os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
+    strategy = tf_psops.SwarmStrategy(
+        communication_options=tf.distribute.experimental.CommunicationOptions(
+            timeout_seconds=links.timeout
+        ),
+        startup_timeout=links.timeout,
+    )
+    with strategy.scope():
+        model = _Untrained(
+            [keras.Input(shapes[0][:1])]
+            + [keras.layers.Dense(n, "tanh", use_bias=False) for _, n in shapes],
+            name="untrained",
+        )
+        model.compile(
+            loss=lambda y_true, y_pred: tf.reduce_mean(y_true + y_pred, axis=-1)
+        )
+    sides = {}
+    for name in names:
+        if name == "all_gather":
+            sides[name] = _AllGather(strategy, model)
+        else:
+            sides[name] = _Swarm(strategy, model, _RULES[name]())
+    return sides
+
+
+class _Untrained(keras.Sequential):
+    """A model whose local steps yield a loss, and leave the weights alone."""
+
+    def train_step(self, data):
+        return self.test_step(data)
+
+
+class _Side:
+    def __init__(self, strategy, model):
+        self._variables = [
+            strategy.experimental_local_results(variable.value)[0]
+            for variable in model.trainable_variables
+        ]
+
+    def prepare(self, value, loss):
+        for variable in self._variables:
+            variable.assign(tf.fill(variable.shape, value))
+
+    def weights(self):
+        return (variable.numpy() for variable in self._variables)
+
+
+class _Swarm(_Side):
+    """The synchronisation of this project, by a rule."""
+
+    def __init__(self, strategy, model, rule):
+        super().__init__(strategy, model)
+        self._synchronizer = synchronizer.Synchronizer(
+            strategy, model, rule, average_non_trainable=True, average_slots=True
+        )
+        x = tf.ones([1, *model.input_shape[1:]])
+        self._step = tf.function(
+            lambda y: strategy.run(model.train_step, args=((x, y),)), autograph=False
+        )
+        # Traced while it is this synchronizer that observes the model.
+        self._step(tf.zeros([1, 1]))
+        self._synchronizer.begin()
+
+    def prepare(self, value, loss):
+        super().prepare(value, loss)
+        self._step(tf.constant([[loss]]))
+
+    def sync(self):
+        self._synchronizer.synchronize()
+
+
+class _AllGather(_Side):
+    """The naive design: all workers get all weights, and take the best."""
+
+    def __init__(self, strategy, model):
+        super().__init__(strategy, model)
+        self._strategy = strategy
+        self._loss = None
+
+    def prepare(self, value, loss):
+        super().prepare(value, loss)
+        self._loss = tf.constant([loss])
+
+    def sync(self):
+        self._gather(self._loss)
+
+    @tf.function(autograph=False)
+    def _gather(self, loss):
+        def gather():
+            values = [tf.identity(value) for value in (loss, *self._variables)]
+            context = tf.distribute.get_replica_context()
+            losses, *gathered = context.all_gather(values, axis=0)
+            best = tf.argmin(losses)
+            for variable, value in zip(self._variables, gathered):
+                variable.assign(tf.reshape(value, [-1, *variable.shape])[best])
+
+        self._strategy.run(gather)

@@ -1,0 +1,384 @@
+r"""Measures what a synchronisation costs, against PyTorch and a naive design.
+
+```bash
+pip install -e '.[benchmark]'
+python -m benchmarks.sync_step --params=1M,10M --workers=2,4 --output_json=sync.json
+```
+
+The weights of a network, in 60 tensors, are synchronised between real processes on
+this machine. The sides take turns, round by round, and the workers of the others sleep
+meanwhile:
+
+  * psops: the whole synchronisation of `PSOSync` with its default rule, the scoring of
+    trial positions included; psops_broadcast: with `ParticleSwarm`, where each time
+    another particle has found a better best; psops_all_reduce: with
+    `ParameterAverage`.
+  * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
+    of which all take the best worker's.
+  * gloo_averager: PyTorch's `PeriodicModelAverager`; gloo_broadcast: PyTorch's
+    broadcast of the best worker's parameters as one vector. Both need PyTorch.
+  * tcp: the bare bytes from one worker to all others.
+
+In a round all workers of a side fill their weights with a value of their own, meet at
+a barrier, and synchronise. Each takes its own time from there; the longest counts.
+After each round all workers must hold the same weights.
+"""
+
+import collections
+import contextlib
+import importlib.util
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import pathlib
+import socket
+import statistics
+import threading
+import time
+import traceback
+from multiprocessing import connection
+from typing import NamedTuple
+
+from absl import app, flags, logging
+
+
+# Imported by the workers only, so that each loads TensorFlow or PyTorch, not both.
+def _make_swarm_sides(*args):
+    from benchmarks import swarm_sides
+
+    return swarm_sides.make(*args)
+
+
+def _make_peer_sides(*args):
+    from benchmarks import peer_sides
+
+    return peer_sides.make(*args)
+
+
+_FAMILIES = {
+    _make_swarm_sides: ("psops", "psops_broadcast", "psops_all_reduce", "all_gather"),
+    _make_peer_sides: ("gloo_averager", "gloo_broadcast", "tcp"),
+}
+SIDES = tuple(itertools.chain(*_FAMILIES.values()))
+_RIVALS = ("gloo_averager", "all_gather")
+
+_NUM_TENSORS = 60
+_WARM_UP_ROUNDS = 2
+_SECONDS = 180
+
+# The largest ratio of a side to a rival, by millions of parameters and workers.
+_SIZES = ((1, 2), (1, 4), (10, 2), (10, 4), (25, 2), (25, 4))
+_GOALS = {
+    ("psops_broadcast", "gloo_averager"): dict(zip(_SIZES, (3, 3, 1, 1.2, 1, 1.2))),
+    ("psops_broadcast", "all_gather"): dict(
+        zip(_SIZES, (0.1, 0.1, 0.3, 0.2, 0.3, 0.2))
+    ),
+    ("psops_all_reduce", "gloo_averager"): dict(zip(_SIZES[2:], (1.3, 1.5, 1.3, 1.5))),
+}
+
+
+def _count(text):
+    """Returns the number that a text such as "0.1M" stands for."""
+    if text.endswith("M"):
+        return round(float(text[:-1]) * 10**6)
+    return int(text)
+
+
+_PARAMS = flags.DEFINE_list(
+    "params", ["0.1M", "1M", "10M", "25M"], "Parameters of the network."
+)
+_WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
+_SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
+_REPEATS = flags.DEFINE_integer(
+    "repeats", 9, "Timed rounds of each side, after two to warm up.", lower_bound=1
+)
+_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the medians.")
+
+
+@flags.validator("params", message="Expected numbers of at least 60, such as 0.1M.")
+def _are_params(texts):
+    try:
+        return bool(texts) and all(_count(text) >= _NUM_TENSORS for text in texts)
+    except (OverflowError, ValueError):
+        return False
+
+
+flags.register_validator(
+    "workers",
+    lambda texts: texts and all(t.isdigit() and int(t) > 1 for t in texts),
+    message="Expected whole numbers of at least 2, separated by commas.",
+)
+flags.register_validator(
+    "sides",
+    lambda names: names and set(names) <= set(SIDES),
+    message=f"Expected some of {SIDES}, separated by commas.",
+)
+
+
+class Links(NamedTuple):
+    """How one worker reaches the others.
+
+    Attributes:
+        rank: Its place among the workers, from 0.
+        addresses: "host:port" of each worker, free to listen on.
+        sockets: Connected TCP sockets: the first worker's to each of the others, or
+            another worker's to the first.
+        timeout: Seconds after which a wait for another worker fails.
+    """
+
+    rank: int
+    addresses: list[str]
+    sockets: list[socket.socket]
+    timeout: float
+
+
+class Round(NamedTuple):
+    """What came of one round.
+
+    Attributes:
+        seconds: What it took, a float.
+        lowest: The lowest weight afterwards, the same on all workers.
+        highest: The highest one.
+    """
+
+    seconds: float
+    lowest: float
+    highest: float
+
+
+def available(sides):
+    """Returns those sides that can run here, and warns of the others."""
+    if importlib.util.find_spec("torch"):
+        return list(sides)
+    absent = [side for side in sides if side.startswith("gloo")]
+    if absent:
+        logging.warning(
+            "Skipped %s: there is no PyTorch. Install it with "
+            "`pip install -e '.[benchmark]'`.",
+            " and ".join(absent),
+        )
+    return [side for side in sides if side not in absent]
+
+
+@contextlib.contextmanager
+def cluster(params, num_workers, sides):
+    """Starts the workers of some sides.
+
+    Args:
+        params: The number of parameters; what runs is the nearest that 60 square
+            matrices hold.
+        num_workers: W, the number of workers of each side, at least 2.
+        sides: Some of `SIDES`.
+
+    Yields:
+        A function of a side and a number, from 0 and growing, that runs a round of
+        this number and returns a `Round`. Worker i brings weights of i + 1, and
+        worker number % W the lowest loss. It raises a `RuntimeError` if a worker
+        fails or the workers do not agree, and a `TimeoutError` if one is late.
+    """
+    size = round(math.sqrt(params / _NUM_TENSORS))
+    shapes = [(size, size)] * _NUM_TENSORS
+    with contextlib.ExitStack() as stack:
+        families = {}
+        for make, members in _FAMILIES.items():
+            names = [side for side in sides if side in members]
+            if names:
+                family = _Family(make, names, shapes, num_workers)
+                stack.callback(family.kill)
+                families.update(dict.fromkeys(names, family))
+        for family in set(families.values()):
+            family.receive()
+
+        def run(side, number):
+            seconds, weights = zip(*families[side].ask(side, number))
+            if len(set(weights)) > 1 or not all(map(math.isfinite, weights[0])):
+                raise RuntimeError(
+                    f"The workers of {side} do not agree after round {number}. "
+                    "Expected the same finite weights. Received the lowest and the "
+                    f"highest of each worker: {weights}."
+                )
+            return Round(max(seconds), *weights[0])
+
+        yield run
+
+
+def measure(params, num_workers, sides=SIDES, repeats=9):
+    """Measures the milliseconds of a synchronisation of each side.
+
+    Args:
+        params: The number of parameters; see `cluster`.
+        num_workers: The number of workers, at least 2.
+        sides: Some of `SIDES`, which must be available. Defaults to all.
+        repeats: Timed rounds of each side, alternating. Defaults to 9.
+
+    Returns:
+        A list of dicts, one for each side: "side", "params", "workers", "payload"
+        (the type on the wire), "median_ms", "min_ms" and "max_ms".
+    """
+    times = collections.defaultdict(list)
+    with cluster(params, num_workers, sides) as run:
+        for number in range(_WARM_UP_ROUNDS + repeats):
+            for side in sides:
+                times[side].append(1e3 * run(side, number).seconds)
+    return [
+        {
+            "side": side,
+            "params": params,
+            "workers": num_workers,
+            "payload": "float32",
+            "median_ms": statistics.median(values[_WARM_UP_ROUNDS:]),
+            "min_ms": min(values[_WARM_UP_ROUNDS:]),
+            "max_ms": max(values[_WARM_UP_ROUNDS:]),
+        }
+        for side, values in times.items()
+    ]
+
+
+def table(records):
+    """Returns the text for the records of one `measure`, with ratios and goals."""
+    params, workers = records[0]["params"], records[0]["workers"]
+    medians = {record["side"]: record["median_ms"] for record in records}
+    rivals = [rival for rival in _RIVALS if rival in medians]
+    lines = [
+        f"{params} parameters, {workers} workers: milliseconds of a synchronisation",
+        f"{'side':16} {'median':>9} {'lowest':>9} {'highest':>9}"
+        + "".join(f"{'/ ' + rival:>24}" for rival in rivals),
+    ]
+    for record in records:
+        line = f"{record['side']:16}" + "".join(
+            f" {record[key]:9.2f}" for key in ("median_ms", "min_ms", "max_ms")
+        )
+        for rival in rivals:
+            ratio = f"{record['median_ms'] / medians[rival]:.3f}"
+            goals = _GOALS.get((record["side"], rival), {})
+            goal = goals.get((params / 10**6, workers))
+            line += f"{ratio + (f' (goal {goal})' if goal else ''):>24}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+class _Family:
+    """The processes, one for each worker, in which some sides live."""
+
+    def __init__(self, make, sides, shapes, num_workers):
+        spawn = multiprocessing.get_context("spawn")
+        # The workers find it by a name that is gone with the last reference here.
+        self._barrier = spawn.Barrier(num_workers, timeout=_SECONDS)
+        self._pipes, self._processes = [], []
+        for links in _links(num_workers):
+            pipe, far_end = spawn.Pipe()
+            process = spawn.Process(
+                target=_work,
+                args=(far_end, self._barrier, make, sides, shapes, links),
+                daemon=True,
+            )
+            process.start()
+            self._pipes.append(pipe)
+            self._processes.append(process)
+            for end in (far_end, *links.sockets):
+                end.close()
+
+    def ask(self, *question):
+        """Asks all workers the same, and returns what they answer."""
+        for pipe in self._pipes:
+            with contextlib.suppress(BrokenPipeError):  # What it said last is read.
+                pipe.send(question)
+        return self.receive()
+
+    def receive(self):
+        """Returns what each worker has to say."""
+        deadline = time.monotonic() + _SECONDS
+        answers = {}
+        while len(answers) < len(self._pipes):
+            pending = [pipe for pipe in self._pipes if pipe not in answers]
+            ready = connection.wait(pending, deadline - time.monotonic())
+            if not ready:
+                raise TimeoutError(f"A worker has not answered for {_SECONDS} s.")
+            for pipe in ready:
+                try:
+                    error, answers[pipe] = pipe.recv()
+                except (EOFError, ConnectionError):
+                    error = "It died."
+                if error:
+                    raise RuntimeError(
+                        f"Worker {self._pipes.index(pipe)} failed.\n{error}"
+                    )
+        return [answers[pipe] for pipe in self._pipes]
+
+    def kill(self):
+        for process in self._processes:
+            process.kill()
+        for process, pipe in zip(self._processes, self._pipes):
+            process.join()
+            pipe.close()
+
+
+def _links(num_workers):
+    """Returns the `Links` of each worker, on loopback."""
+    with contextlib.ExitStack() as stack:
+        # All stay open until the last is bound, so that no port comes twice.
+        listeners = [
+            stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+            for _ in range(num_workers)
+        ]
+        places = [listener.getsockname() for listener in listeners]
+        theirs = [socket.create_connection(places[0]) for _ in range(num_workers - 1)]
+        first = [listeners[0].accept()[0] for _ in theirs]
+    addresses = [f"{host}:{port}" for host, port in places]
+    sockets = [first, *([other] for other in theirs)]
+    return [Links(rank, addresses, s, _SECONDS) for rank, s in enumerate(sockets)]
+
+
+def _work(pipe, barrier, make, names, shapes, links):
+    """Is what a worker's process does."""
+    threading.Thread(target=_die_with_controller, daemon=True).start()
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read while TensorFlow loads.
+    try:
+        sides = make(names, shapes, links)
+        pipe.send((None, None))
+        while True:
+            name, number = pipe.recv()
+            pipe.send((None, _take_part(sides[name], number, barrier, links)))
+    except BaseException:
+        pipe.send((traceback.format_exc(), None))
+
+
+def _take_part(side, number, barrier, links):
+    # The loss of a worker at its best, lower each time, and that of the others. The
+    # swarm's own are off by up to 1.
+    best = number % len(links.addresses) == links.rank
+    side.prepare(float(links.rank + 1), -3.0 * (number + 1) if best else 3.0)
+    barrier.wait()
+    start = time.perf_counter()
+    side.sync()
+    seconds = time.perf_counter() - start
+    lows, highs = zip(*((values.min(), values.max()) for values in side.weights()))
+    return seconds, (float(min(lows)), float(max(highs)))
+
+
+def _die_with_controller():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def main(argv):
+    """Prints a table of medians and ratios for each size, and writes the records."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
+    sides = available(_SIDES.value)
+    if not sides:
+        return
+    records = []
+    for params, workers in itertools.product(_PARAMS.value, _WORKERS.value):
+        measured = measure(_count(params), int(workers), sides, _REPEATS.value)
+        print(table(measured), flush=True)
+        records += measured
+        if _OUTPUT_JSON.value:
+            text = json.dumps(records, indent=2)
+            pathlib.Path(_OUTPUT_JSON.value).write_text(text)
+
+
+if __name__ == "__main__":
+    app.run(main)
