@@ -125,10 +125,10 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         ("--methods=average,gossip", "methods.*'gossip'.*'average'"),
         ("--methods=", "methods"),
         ("--methods=pso(", "methods"),
-        ("--methods=pso(8)", "methods.*by name"),
-        ("--methods=pso(trials=0)", "methods.*`trials`"),
+        ("--methods=pso((0.5,))", "methods.*by name"),
+        ("--methods=pso(tolerance=-1)", "methods.*`tolerance`"),
         ("--methods=pso(speed=1)", "methods.*speed"),
-        ("--methods=ssgd(trials=2)", "methods.*of a rule"),
+        ("--methods=ssgd(tolerance=2)", "methods.*of a rule"),
         ("--intervals=0", "intervals"),
         ("--intervals=ten", "intervals"),
         ("--partition=full,half", "partition"),
@@ -146,16 +146,18 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
 
 class MethodsTest(tf.test.TestCase):
     def test_arguments_reach_the_rule_and_the_callback(self):
-        text = "ssgd, pso( trials=8,social=(1,2)), average(optimizer_slots='average')"
+        text = (
+            "ssgd, pso( tolerance=0,inertia=(.5,)), average(optimizer_slots='average')"
+        )
         methods = comparison.parse_methods(text)
         self.assertEqual(
             methods,
-            ["ssgd", "pso(trials=8, social=(1, 2))"]
+            ["ssgd", "pso(tolerance=0, inertia=(0.5,))"]
             + ["average(optimizer_slots='average')"],
         )
         ssgd, pso, average = map(comparison.make_sync, methods)
         self.assertIsNone(ssgd)
-        self.assertEqual((pso.rule.num_trials, pso.rule.social), (8, (1.0, 2.0)))
+        self.assertEqual((pso.rule.tolerance, pso.rule.inertia), (0.0, (0.0, 0.5)))
         self.assertEqual(pso.optimizer_slots, "local")
         self.assertIsInstance(average.rule, tf_psops.ParameterAverage)
         self.assertEqual(average.optimizer_slots, "average")
@@ -163,7 +165,7 @@ class MethodsTest(tf.test.TestCase):
 
 class ReportTest(tf.test.TestCase):
     def test_plots_tell_the_variants_of_a_method_apart(self):
-        methods = ["pso", "pso(trials=2)", "pso(trials=8)", "average"]
+        methods = ["pso", "pso(tolerance=0)", "pso(tolerance=1)", "average"]
         records = [_record(method, 10, 0, 0.9) for method in methods]
         styles = report._styles(records)
         self.assertCountEqual(styles, methods)

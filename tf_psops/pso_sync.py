@@ -5,7 +5,7 @@ import time
 import keras
 import tensorflow as tf
 
-from tf_psops import _checks, one_model, rules, synchronizer
+from tf_psops import _checks, heartbeat, one_model, rules, synchronizer
 from tf_psops import strategy as strategy_lib
 
 
@@ -153,7 +153,11 @@ class PSOSync(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._steps_in_epoch = 0
 
+    def on_test_batch_end(self, batch, logs=None):
+        heartbeat.beat()
+
     def on_train_batch_end(self, batch, logs=None):
+        heartbeat.beat()
         if self.model.steps_per_execution == 1:
             self._steps += batch + 1 - self._steps_in_epoch
             self._steps_in_epoch = batch + 1

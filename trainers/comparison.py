@@ -23,7 +23,7 @@ METHODS = ("local", "ssgd", *RULES)
 
 
 def parse_methods(text):
-    """Returns the methods of a list such as `average,pso(trials=8)`.
+    """Returns the methods of a list such as `average,pso(tolerance=0)`.
 
     A method is one of `METHODS`, with arguments of its rule or of `PSOSync` in
     parentheses if need be.
@@ -40,7 +40,7 @@ def parse_methods(text):
     Example:
 
     ```python
-    parse_methods("ssgd, pso(trials=8, social=(1, 1))")
+    parse_methods("ssgd, pso(inertia=(0.5,), optimizer_slots='average')")
     ```
     """
     try:

@@ -2,20 +2,23 @@
 
 The centroid m of the particles' positions costs one all-reduce, and is better than
 the position of any of them. The swarm moves on from there by Particle Swarm
-Optimisation of one shared position g, the global best, with one shared velocity v. At
-a synchronisation every particle makes the same K trial particles, each with an inertia
-w_k and a social factor c_k that are drawn anew:
+Optimisation of one shared position x with one shared velocity v. At a synchronisation
+every particle makes the same trial particles, one for each inertia w_k:
 
-    v_k = w_k*v + c_k*(m - g)
-    x_k = g + v_k
+    v_k = w_k*v + (m - x)
+    x_k = x + v_k
 
-Every particle scores every trial on its own latest mini-batch; the mean score over the
-swarm is the trial's fitness. The trial of the best fitness is the new global best, from
-which all particles go on: g <- x_k, v <- v_k.
+The first has no inertia: it is the centroid itself. Every particle scores every trial
+on its own latest mini-batch; the mean score over the swarm is the trial's fitness. The
+trial of the best fitness is the global best, the swarm's answer.
 
-Trial 0 has w=0 and c=1: it is the centroid itself, so that the swarm averages wherever
-nothing better is found. The trials are functions of what every particle has, and cost
-no traffic: what travels is one all-reduce of the weights, and W*K scalars.
+The swarm itself goes on from the trial of the largest inertia whose fitness is not
+clearly worse than the centroid's: x <- x_k, v <- v_k. A velocity pays over several
+synchronisations, of which a fitness sees only the first. Where no inertia is
+acceptable, the swarm averages.
+
+The trials are functions of what every particle has, and cost no traffic: what travels
+is one all-reduce of the weights, and W*K scalars.
 """
 
 from typing import NamedTuple
@@ -23,7 +26,6 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks
-from tf_psops.rules import _random
 from tf_psops.rules.rule import Rule
 
 
@@ -31,24 +33,25 @@ class CentroidSwarmState(NamedTuple):
     """What one particle remembers; the same on every particle.
 
     Attributes:
-        position: [P], the global best g.
-        velocity: [P], how the last synchronisation moved it.
+        position: [P], x, where all particles went on from.
+        velocity: [P], v, how the last synchronisation moved them.
+        best: [P], the global best, the trial of the best fitness there.
     """
 
     position: tf.Tensor
     velocity: tf.Tensor
+    best: tf.Tensor
 
 
 class CentroidSwarm(Rule):
-    """Moves all particles to the best of several moves of the swarm's centroid.
+    """Moves all particles together, past their centroid by an inertia that fits.
 
     Args:
-        trials: K, the number of trial particles, at least 1. The first is the
-            centroid itself. Defaults to 4.
-        inertia: The largest inertia of a trial, from 0 to below 1. Defaults to 0.9.
-        social: The smallest and the largest social factor of a trial, above 0.
-            Defaults to (0.5, 1.5).
-        seed: Seed of the trials' inertia and social factors. Defaults to 0.
+        inertia: The inertia of each trial particle besides the centroid, numbers above
+            0 and below 1. Each costs a forward pass of one batch. Defaults to
+            (0.3, 0.5, 0.7).
+        tolerance: By what share of the centroid's loss the loss of an acceptable
+            trial may be larger, at least 0. Defaults to 0.05.
 
     Raises:
         ValueError: If an argument is out of its range or of a wrong type.
@@ -56,69 +59,57 @@ class CentroidSwarm(Rule):
     Example:
 
     ```python
-    rule = tf_psops.CentroidSwarm(trials=8)
+    rule = tf_psops.CentroidSwarm(inertia=(0.5,))
     model.fit(dataset, callbacks=[tf_psops.PSOSync(10, rule)])
     ```
     """
 
     exchange = "mean"
 
-    def __init__(self, trials=4, inertia=0.9, social=(0.5, 1.5), seed=0):
-        good = _checks.is_whole(trials) and trials >= 1
-        _checks.check(good, "a whole number of at least 1", trials=trials)
-        good = _checks.is_real(inertia) and 0 <= inertia < 1
-        _checks.check(good, "a number from 0 to below 1", inertia=inertia)
-        good = (
-            isinstance(social, (tuple, list))
-            and len(social) == 2
-            and all(map(_checks.is_real, social))
-            and 0 < social[0] <= social[1] < float("inf")
+    def __init__(self, inertia=(0.3, 0.5, 0.7), tolerance=0.05):
+        good = isinstance(inertia, (tuple, list)) and all(
+            _checks.is_real(w) and 0 < w < 1 for w in inertia
         )
-        _checks.check(good, "two numbers above 0, the smaller first", social=social)
-        _checks.check(_checks.is_whole(seed), "a whole number", seed=seed)
-        self.num_trials = int(trials)
-        self.inertia = float(inertia)
-        self.social = tuple(map(float, social))
-        self.seed = int(seed)
+        _checks.check(good, "a tuple of numbers above 0 and below 1", inertia=inertia)
+        good = _checks.is_real(tolerance) and 0 <= tolerance < float("inf")
+        _checks.check(good, "a finite number of at least 0", tolerance=tolerance)
+        self.inertia = (0.0, *sorted(map(float, inertia)))
+        self.tolerance = float(tolerance)
+        self.num_trials = len(self.inertia)
 
     def init(self, position):
         """Returns the state of a swarm at rest."""
-        return CentroidSwarmState(tf.identity(position), tf.zeros_like(position))
-
-    def factors(self, news, num_tensors):
-        """Returns the inertia and social factor of each trial, [K, 2].
-
-        They depend on (seed, sync) alone, so that all particles have the same.
-        """
-        del num_tensors
-        key = _random.key(self.seed, news.sync)
-        draws = _random.uniform([self.num_trials, 2], key)
-        low = tf.constant([0.0, self.social[0]])
-        high = tf.constant([self.inertia, self.social[1]])
-        drawn = low + (high - low) * draws
-        return tf.concat([[[0.0, 1.0]], drawn[1:]], axis=0)
+        return CentroidSwarmState(
+            position=tf.identity(position),
+            velocity=tf.zeros_like(position),
+            best=tf.identity(position),
+        )
 
     def trial(self, number, state, news, sizes):
         """Returns the position of a trial particle; see `Rule.trial`."""
         del sizes
-        return state.position + self._velocity(number, state, news)
+        # Not by a slice: XLA would compile the rule anew for each number.
+        inertia = tf.gather(tf.constant(self.inertia, news.vector.dtype), number)
+        return news.vector + inertia * state.velocity
 
     def move(self, state, position, news, sizes):
-        """Returns the state and position of the best trial; see `Rule.move`."""
-        del position, sizes
+        """Returns the state and position to go on from; see `Rule.move`."""
+        del position
         best = tf.argmin(news.scores, output_type=tf.int32)
-        velocity = self._velocity(best, state, news)
-        moved = state.position + velocity
-        return CentroidSwarmState(moved, velocity), moved
+        limit = news.scores[0] + self.tolerance * tf.abs(news.scores[0])
+        acceptable = tf.math.is_finite(news.scores) & (news.scores <= limit)
+        numbers = tf.range(self.num_trials)
+        chosen = tf.reduce_max(tf.where(acceptable, numbers, 0))
+        chosen = tf.where(tf.math.is_finite(news.scores[0]), chosen, best)
+        moved = self.trial(chosen, state, news, sizes)
+        state = CentroidSwarmState(
+            position=moved,
+            velocity=moved - state.position,
+            best=self.trial(best, state, news, sizes),
+        )
+        return state, moved
 
     def agreed(self, state, vector):
         """Returns the global best."""
         del vector
-        return state.position
-
-    def _velocity(self, number, state, news):
-        # Not by slicing: XLA would compile the rule anew for each number.
-        factors = tf.gather(news.factors, number)
-        factors = tf.cast(factors, news.vector.dtype)
-        displacement = news.vector - state.position
-        return factors[0] * state.velocity + factors[1] * displacement
+        return state.best
