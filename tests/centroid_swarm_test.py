@@ -56,7 +56,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_flies_like_numpy(self):
         """Against PSO of the centroid written out in NumPy, on a quadratic loss."""
-        rule = tf_psops.CentroidSwarm()
+        rule = tf_psops.CentroidSwarm(inertia=(0.3, 0.5, 0.7))
         trial = tf.function(lambda *args: rule.trial(*args, _SIZES), jit_compile=True)
         move = tf.function(lambda *args: rule.move(*args, _SIZES), jit_compile=True)
         rng = np.random.default_rng(0)
