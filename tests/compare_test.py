@@ -36,7 +36,8 @@ def _record(method, interval, seed, accuracy):
         "test_accuracy": accuracy,
         "bytes_per_worker": 100.0,
         "curve": [[1, 2.0], [2, 1.0]],
-        "seconds": 1.0,
+        "seconds": 2.0,
+        "sync_seconds": None if method == "local" else 0.5,
     }
 
 
@@ -142,6 +143,14 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
             self.assertRaisesRegex(flags.IllegalFlagValueError, name),
         ):
             flags.FLAGS(["compare", argument])
+
+
+class CostsTest(tf.test.TestCase):
+    def test_table_by_hand(self):
+        table = report.costs([_record("pso", 10, 0, 0.9), _record("local", 0, 0, 0.9)])
+        self.assertIn("| method | full, n=10 |", table)
+        self.assertIn("| pso | 0.0 MB, 25 % |", table)
+        self.assertIn("| local | 0.0 MB |", table)
 
 
 class MethodsTest(tf.test.TestCase):

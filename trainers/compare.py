@@ -156,7 +156,7 @@ def compare(
     ]
     records = _run(runner, cells, "comparing")
     if records:
-        table = report.markdown(records)
+        table = report.markdown(records) + "\n" + report.costs(records)
         if len(learning_rates) > 1:
             table += "\n" + report.learning_rates(records)
         write_text(output_dir / "results.md", table)

@@ -45,8 +45,7 @@ def markdown(records):
     lines = [
         f"Test accuracy in percent, mean ± standard error over {_range(seeds)} seeds.",
         "",
-        _row("method", [f"{partition}, n={n}" for partition, n in columns]),
-        _row("---", ["---:"] * len(columns)),
+        *_head(columns),
     ]
     for column in columns:
         stands = {
@@ -70,13 +69,40 @@ def markdown(records):
     return "\n".join(lines) + "\n"
 
 
+def costs(records):
+    """Returns a Markdown table of what the synchronisations of each method cost."""
+    lines = [
+        "Megabytes moved to each worker, and the share of the wall time that was spent "
+        "in synchronisations.",
+        "",
+        *_head(_columns(records)),
+    ]
+    cells = _by_cell(records)
+    for method in _methods(records):
+        texts = []
+        for column in _columns(records):
+            runs = cells.get((method, *_place(method, column)), {}).values()
+            text = ""
+            if runs:
+                moved = statistics.mean(run["bytes_per_worker"] for run in runs) / 1e6
+                text = f"{moved:.1f} MB"
+            shares = [
+                100 * run["sync_seconds"] / run["seconds"]
+                for run in runs
+                if run["sync_seconds"] is not None
+            ]
+            if shares:
+                text += f", {statistics.median(shares):.0f} %"
+            texts.append(text)
+        lines.append(_row(method, texts))
+    return "\n".join(lines) + "\n"
+
+
 def learning_rates(records):
     """Returns a Markdown table of the learning rate of each run's place."""
-    lines = ["Learning rates, chosen on held-out training data.", ""]
     columns = _columns(records)
     cells = _by_cell(records)
-    lines.append(_row("method", [f"{partition}, n={n}" for partition, n in columns]))
-    lines.append(_row("---", ["---:"] * len(columns)))
+    lines = ["Learning rates, chosen on held-out training data.", "", *_head(columns)]
     for method in _methods(records):
         runs = [cells.get((method, *_place(method, column)), {}) for column in columns]
         rates = [{f"{r['learning_rate']:g}" for r in run.values()} for run in runs]
@@ -102,11 +128,7 @@ def _differences(cells, methods, columns, peer):
         f"Difference from `{peer}` in percentage points, paired by seed, ± standard "
         "error; the last column is the mean over the cells.",
         "",
-        _row(
-            "method",
-            [f"{partition}, n={n}" for partition, n in columns] + ["all cells"],
-        ),
-        _row("---", ["---:"] * (len(columns) + 1)),
+        *_head(columns, "all cells"),
     ]
     for method in methods:
         if method == peer:
@@ -295,6 +317,11 @@ def _standard_error(values):
 def _range(numbers):
     low, high = min(numbers), max(numbers)
     return f"{low}" if low == high else f"{low} to {high}"
+
+
+def _head(columns, *more):
+    names = [*(f"{partition}, n={n}" for partition, n in columns), *more]
+    return [_row("method", names), _row("---", ["---:"] * len(names))]
 
 
 def _row(first, rest):
