@@ -82,9 +82,14 @@ class Collectives:
         """
         first = self.first_particle
         with tf.device(self._devices[0]):
+            # Not by `tf.where`, which would copy the vector.
             total = tf.add_n(
                 [
-                    tf.where(healthy[first + replica], vector, 0)
+                    tf.cond(
+                        healthy[first + replica],
+                        lambda vector=vector: tf.identity(vector),
+                        lambda vector=vector: tf.zeros_like(vector),
+                    )
                     for replica, vector in enumerate(vectors)
                 ]
             )

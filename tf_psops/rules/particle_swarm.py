@@ -91,12 +91,14 @@ class ParticleSwarm(Rule):
     def offer(self, state, position, fitness):
         """Returns the state with its personal best renewed, and that best."""
         fitness = tf.cast(fitness, position.dtype)
-        better = tf.math.is_finite(fitness) & (fitness < state.best_fitness)
-        state = state._replace(
-            best_position=tf.where(better, position, state.best_position),
-            best_fitness=tf.where(better, fitness, state.best_fitness),
+        # Not by `tf.where`, which would copy the vector.
+        best_position, best_fitness = tf.cond(
+            tf.math.is_finite(fitness) & (fitness < state.best_fitness),
+            lambda: (position, fitness),
+            lambda: (state.best_position, state.best_fitness),
         )
-        return state, Offer(state.best_position, state.best_fitness)
+        state = state._replace(best_position=best_position, best_fitness=best_fitness)
+        return state, Offer(best_position, best_fitness)
 
     def factors(self, news, num_tensors):
         """Returns the random factors r1 and r2, [2, num_tensors], each from U(0, 1).

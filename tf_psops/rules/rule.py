@@ -59,8 +59,9 @@ class Rule:
     """How the particles of a swarm move at a synchronisation.
 
     A rule of one's own is a subclass with `exchange` and `move`, and what else it
-    needs of the other functions. All of them but `factors` are compiled by XLA: they
-    take and return tensors of fixed shapes. A state is a `NamedTuple` of tensors.
+    needs of the other functions. `trial` and `move` are compiled by XLA, as all that
+    is arithmetic on whole vectors should be: they take and return tensors of fixed
+    shapes. A state is a `NamedTuple` of tensors.
 
     Example:
 
