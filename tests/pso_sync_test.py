@@ -297,39 +297,66 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
-    def _poison(self, model, replicas, at_step):
+    def _poison(self, model, replicas, at_step, value=np.nan):
         kernel = model.trainable_variables[0].value
         copies = model.distribute_strategy.experimental_local_results(kernel)
 
         def poison(model):
             if len(probe.seen) + 1 == at_step:
                 for replica in replicas:
-                    copies[replica].assign(tf.fill(copies[replica].shape, np.nan))
+                    copies[replica].assign(copies[replica] * value)
 
         probe = _Probe(poison)
         return probe
 
-    @parameterized.parameters(
-        tf_psops.ParameterAverage(),
-        tf_psops.ParticleSwarm(),
-        tf_psops.ParticleSwarm(take="global_best"),
+    @parameterized.product(
+        rule=(
+            tf_psops.CentroidSwarm(),
+            tf_psops.ParameterAverage(),
+            tf_psops.ParticleSwarm(),
+            tf_psops.ParticleSwarm(take="global_best"),
+        ),
+        value=(np.nan, np.inf, 1e5),
     )
-    def test_others_do_not_catch_it(self, rule):
+    def test_others_do_not_catch_it_and_it_is_put_back(self, rule, value):
         _, model = _swarm(3)
         sync = tf_psops.PSOSync(2, rule)
         before = _Probe(_weights)
         after = _Probe(lambda model: (_weights(model), sync.fitness))
-        _fit(model, _data(4, 3), self._poison(model, [0], 1), before, sync, after)
+        poison = self._poison(model, [0], 1, value)
+        with self.assertLogs(level="WARNING") as logs:
+            _fit(model, _data(4, 3), poison, before, sync, after)
+        self.assertIn("Particles [0] were out of order", "".join(logs.output))
+        self.assertEqual(sync.num_sick, 1)
         weights, fitness = after.seen[1]
-        self.assertTrue(np.isfinite(weights[1:]).all())
+        self.assertAllInRange(weights, -10, 10)
         self.assertAllEqual(np.isfinite(fitness), [False, True, True])
         if rule.exchange == "mean":
             self.assertAllClose(weights[1], before.seen[1][1:].mean(0))
-        if rule.exchange == "mean" or rule.take == "global_best":
-            # It took the others' position: from here on it is in good health.
-            self.assertTrue(np.isfinite(weights[0]).all())
-            self.assertTrue(np.isfinite(sync.fitness).all(), sync.fitness)
-        self.assertTrue(np.isfinite(_weights(model)).all())
+        self.assertTrue(np.isfinite(sync.fitness).all(), sync.fitness)
+        self.assertAllInRange(_weights(model), -10, 10)
+
+    @parameterized.parameters(
+        (lambda rate: keras.optimizers.SGD(rate, momentum=0.9), 0.0),
+        (keras.optimizers.Adam, 0.0),
+        (keras.optimizers.Adagrad, 0.1),
+    )
+    def test_its_optimizer_slots_are_fresh(self, optimizer, fresh):
+        _, model = _swarm(3, optimizer=optimizer)
+
+        def slots(model):
+            slot = next(
+                v for v in model.optimizer.variables if v.shape == (4, 3)
+            )  # That of the kernel.
+            return np.stack(_local(model, slot))
+
+        sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
+        after = _Probe(slots)
+        _fit(model, _data(4, 3), self._poison(model, [1], 1), sync, after)
+        self.assertAllEqual(after.seen[1][1], np.full([4, 3], np.float32(fresh)))
+        for other in (0, 2):
+            self.assertNotAllClose(after.seen[1][other], np.full([4, 3], fresh))
+        self.assertTrue(np.isfinite(slots(model)).all())
 
     def test_nobody_in_good_health(self):
         _, model = _swarm()

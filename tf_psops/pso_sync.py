@@ -3,7 +3,9 @@
 import time
 
 import keras
+import numpy as np
 import tensorflow as tf
+from absl import logging
 
 from tf_psops import _checks, heartbeat, one_model, rules, synchronizer
 from tf_psops import strategy as strategy_lib
@@ -51,6 +53,11 @@ class PSOSync(keras.callbacks.Callback):
         sync_seconds: Wall seconds that this worker spent in them, waiting included.
         fitness: NumPy array [W], every particle's mean training loss before the
             last synchronisation; infinite for a particle out of order.
+        num_sick: How many times a particle was out of order at a synchronisation: its
+            loss or a weight was not finite, or it had moved a hundred times as far as
+            the others, to a larger loss. It is never a best, what it brings reaches no
+            other particle, and it goes on from what travelled, with fresh optimizer
+            slots. Each case is logged as a warning.
 
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
@@ -106,6 +113,10 @@ class PSOSync(keras.callbacks.Callback):
     @property
     def num_syncs(self):
         return self._synchronizer.num_syncs if self._synchronizer else 0
+
+    @property
+    def num_sick(self):
+        return self._synchronizer.num_sick if self._synchronizer else 0
 
     @property
     def bytes_moved(self):
@@ -187,6 +198,14 @@ class PSOSync(keras.callbacks.Callback):
     def _synchronize(self):
         start = time.perf_counter()
         self.fitness = self._synchronizer.synchronize()
+        sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
+        if sick:
+            logging.warning(
+                "Particles %s were out of order at synchronisation %d. They go on from "
+                "what the others agreed on.",
+                sick,
+                self.num_syncs - 1,
+            )
         self.sync_seconds += time.perf_counter() - start
         self._synced_steps = self._steps
 

@@ -11,6 +11,8 @@ from tf_psops.rules import rule as rule_lib
 # The calls of `Collectives`.
 _BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE = range(7)
 
+_FAR = 100.0
+
 
 class Synchronizer:
     """Moves the particles of a swarm by a rule.
@@ -51,14 +53,16 @@ class Synchronizer:
         self._averaged = pack(
             *(state if average_non_trainable else []), *(slots if average_slots else [])
         )
+        local = strategy.experimental_local_results
+        self._slots = [(local(slot.value), _fresh(slot)) for slot in slots]
         self._left_apart = pack(*([] if average_non_trainable else state))
         self._state = pack(*(state if average_non_trainable else []))
         self._rule_state, self._vector, self._agreed_state = self._make_state(strategy)
-        self._offer = tf.function(self._rule.offer, jit_compile=True)
         self._trial = tf.function(self._rule_trial, jit_compile=True)
         self._move = tf.function(self._rule_move, jit_compile=True)
         self._apart = False
         self._sent = None
+        self.num_sick = 0
         self.num_syncs = 0
         self.bytes_moved = 0
 
@@ -73,6 +77,7 @@ class Synchronizer:
 
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
+        self.num_sick = 0
         if self._apart:  # An earlier training was cut short.
             self._show_agreed()
         self._begin()
@@ -131,8 +136,8 @@ class Synchronizer:
             FloatingPointError: If no particle is in good health.
             RuntimeError: If the particles are not at the same step.
         """
-        table, positions, offers = self._report()
-        fitness, scores, steps = table.numpy().T
+        table, *brought = self._report()
+        fitness, scores, steps, distances = table.numpy().T
         if steps.min() != steps.max():
             raise RuntimeError(
                 f"The particles met for synchronisation {self.num_syncs} after "
@@ -146,12 +151,14 @@ class Synchronizer:
                 f"synchronisation {self.num_syncs}. Received the losses "
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
-        root = int(scores.argmin())
+        sick = _sick(fitness, distances)
+        self.num_sick += int(sick.sum())
+        fitness = np.where(sick, np.inf, fitness)
+        root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
         self._exchange(
-            positions,
-            offers,
-            table[:, 0],
+            *brought,
+            tf.constant(fitness),
             tf.constant(root),
             tf.constant(news != self._sent),
             tf.constant(self.num_syncs),
@@ -218,33 +225,49 @@ class Synchronizer:
 
     @tf.function(autograph=False)
     def _report(self):
-        """Returns a table of fitness, score and steps, [W, 3], positions and offers."""
+        """Returns a table of all particles, and what the local ones bring.
+
+        The table, [W, 4], has their fitness, score, steps, and distance from the vector
+        that travelled last. Then come positions, offers, and the rule's new states.
+        """
 
         def report(replica):
             position = self._weights.pack(replica)
             loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
-            sound = tf.math.is_finite(loss) & tf.reduce_all(tf.math.is_finite(position))
+            # Not finite either where an element of the position is not.
+            distance = tf.norm(position - self._vector[replica])
+            sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
-            state, offer = self._offer(self._rule_state[replica], position, fitness)
-            _assign(self._rule_state[replica], state)
+            state, offer = self._rule.offer(
+                self._rule_state[replica], position, fitness
+            )
             score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
             row = [tf.cast(value, tf.float64) for value in (fitness, score)]
-            row.append(self._ledger.steps(replica))
-            return tf.stack(row), position, offer.vector
+            row += [self._ledger.steps(replica), tf.cast(distance, tf.float64)]
+            return tf.stack(row), position, offer.vector, state
 
-        rows, positions, offers = zip(*self._on_devices(report))
-        return self._collectives.gather(rows, _REPORT), positions, offers
+        rows, *brought = zip(*self._on_devices(report))
+        return self._collectives.gather(rows, _REPORT), *brought
 
     @tf.function(autograph=False)
-    def _exchange(self, positions, offers, fitness, root, is_news, sync):
+    def _exchange(self, positions, offers, states, fitness, root, is_news, sync):
         """Lets one vector travel and moves the local particles by it."""
         healthy = tf.math.is_finite(fitness)
+        mine = healthy[self._collectives.first_particle :]
+        # What a sick particle remembers is from before it was sick.
+        states = [
+            tf.nest.map_structure(
+                lambda new, variable, good=mine[replica]: tf.cond(
+                    good, lambda: tf.identity(new), variable.read_value
+                ),
+                states[replica],
+                self._rule_state[replica],
+            )
+            for replica in range(len(self._devices))
+        ]
         extras = self._on_devices(self._averaged.pack)
         if self._rule.exchange == "mean":
-            both = [tf.concat(pair, axis=0) for pair in zip(offers, extras)]
-            both = self._collectives.mean(both, healthy, _EXCHANGE)
-            vectors = [vector[: self._weights.size] for vector in both]
-            extras = [vector[self._weights.size :] for vector in both]
+            vectors, extras = self._mean_of_both(offers, extras, healthy, _EXCHANGE)
         else:
             vectors = tf.cond(
                 is_news,
@@ -269,20 +292,39 @@ class Synchronizer:
 
         news = self._on_devices(learn)
         if self._rule.num_trials:
-            scores = tf.cast(self._score_trials(news), self._dtype)
+            scores = tf.cast(self._score_trials(states, news), self._dtype)
             news = [n._replace(scores=scores) for n in news]
 
         def move(replica):
-            state, position = self._move(
-                self._rule_state[replica], positions[replica], news[replica]
+            # A sick particle starts from what travelled, with fresh slots.
+            position = tf.cond(
+                mine[replica],
+                lambda: tf.identity(positions[replica]),
+                lambda: self._heal(replica, vectors[replica]),
             )
+            state, position = self._move(states[replica], position, news[replica])
             _assign(self._rule_state[replica], state)
             self._weights.unpack(replica, position)
             self._ledger.close(replica)
 
         self._on_devices(move)
 
-    def _score_trials(self, news):
+    def _heal(self, replica, vector):
+        for variables, fresh in self._slots:
+            value = tf.fill(variables[replica].shape, fresh)
+            variables[replica].assign(tf.cast(value, variables[replica].dtype))
+        return tf.identity(vector)
+
+    def _mean_of_both(self, positions, others, healthy, call):
+        """Returns the mean positions and the mean of other vectors by one transfer."""
+        if not others[0].shape[0]:
+            return self._collectives.mean(positions, healthy, call), others
+        both = [tf.concat(pair, axis=0) for pair in zip(positions, others)]
+        means = self._collectives.mean(both, healthy, call)
+        size = self._weights.size
+        return [mean[:size] for mean in means], [mean[size:] for mean in means]
+
+    def _score_trials(self, states, news):
         """Returns the mean loss of each trial position over the swarm, [K]."""
 
         def loss():
@@ -292,8 +334,7 @@ class Synchronizer:
         def score(number, scores):
             self._on_devices(
                 lambda replica: self._weights.unpack(
-                    replica,
-                    self._trial(number, self._rule_state[replica], news[replica]),
+                    replica, self._trial(number, states[replica], news[replica])
                 )
             )
             losses = self._strategy.experimental_local_results(self._strategy.run(loss))
@@ -343,13 +384,14 @@ class Synchronizer:
         )
         states = self._on_devices(self._left_apart.pack)
         if take_mean or self._left_apart.size:
-            both = [tf.concat(pair, axis=0) for pair in zip(positions, states)]
-            finite = [tf.reduce_all(tf.math.is_finite(vector)) for vector in both]
+            finite = [
+                tf.reduce_all(tf.math.is_finite(position))
+                & tf.reduce_all(tf.math.is_finite(state))
+                for position, state in zip(positions, states)
+            ]
             rows = [tf.cast([flag], tf.float64) for flag in finite]
             healthy = self._collectives.gather(rows, _HEALTH)[:, 0] > 0
-            both = self._collectives.mean(both, healthy, _CLOSE)
-            positions = [vector[: self._weights.size] for vector in both]
-            states = [vector[self._weights.size :] for vector in both]
+            positions, states = self._mean_of_both(positions, states, healthy, _CLOSE)
 
         def take(replica):
             self._weights.unpack(replica, positions[replica])
@@ -376,6 +418,26 @@ class Synchronizer:
             with tf.device(device):
                 results.append(function(replica))
         return results
+
+
+def _sick(fitness, distances):
+    """Returns which particles are out of order, [W]: not finite, or far from the rest.
+
+    Far is a hundred times the distance that the others have moved, by the lower median,
+    with a loss above theirs: a particle that diverges, before it is NaN.
+    """
+    finite = np.isfinite(fitness)
+    middle = np.percentile(distances[finite], 50, method="lower")
+    loss = np.percentile(fitness[finite], 50, method="lower")
+    with np.errstate(invalid="ignore"):
+        far = (distances > _FAR * middle) & (fitness > loss) & (middle > 0)
+    return ~finite | far
+
+
+def _fresh(slot):
+    """Returns the number that a slot holds before training, 0 after it has begun."""
+    values = slot.numpy().ravel()
+    return float(values[0]) if values.size and (values == values[0]).all() else 0.0
 
 
 def _assign(variables, values):
