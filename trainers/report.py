@@ -35,7 +35,8 @@ def markdown(records):
 
     Returns:
         A table of mean +- standard error in percent, the best of each column in
-        bold, and a table of each method's difference from "average", paired by seed.
+        bold, and tables of each method's difference from "average" and "slowmo",
+        paired by seed.
     """
     cells = _by_cell(records)
     methods = _methods(records)
@@ -64,8 +65,9 @@ def markdown(records):
                 text = f"**{text}**" if mean == best else text
             texts[method].append(text)
     lines += [_row(method, texts[method]) for method in methods]
-    if "average" in methods and len(methods) > 1:
-        lines += ["", *_differences(cells, methods, columns, "average")]
+    for peer in ("average", "slowmo"):
+        if peer in methods and len(methods) > 1:
+            lines += ["", *_differences(cells, methods, columns, peer)]
     return "\n".join(lines) + "\n"
 
 
