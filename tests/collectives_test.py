@@ -11,6 +11,8 @@ from tf_psops import collectives as collectives_lib
 # The last one fills several buckets, the last of them in part.
 _SIZES = (1, 10, 3_000_000)
 _GATHER, _MEAN, _BROADCAST = range(3)
+# Each with the largest relative error of rounding to it.
+_PAYLOADS = {tf.float16: 2**-11, tf.bfloat16: 2**-8}
 
 
 def _collectives(strategy):
@@ -47,7 +49,7 @@ def _gathered(particles, width=3):
     return [table, table + 0.25]
 
 
-def _mean(strategy, size, sick):
+def _mean(strategy, size, sick, payload=None):
     """Returns the mean, on each local device, of all but the particle `sick`."""
     collectives = _collectives(strategy)
     local = len(strategy.extended.worker_devices)
@@ -57,7 +59,7 @@ def _mean(strategy, size, sick):
 
     @tf.function
     def mean(vectors, healthy):
-        return collectives.mean(vectors, healthy, _MEAN)
+        return collectives.mean(vectors, healthy, _MEAN, payload)
 
     return [v.numpy() for v in mean(vectors, tf.constant(healthy))]
 
@@ -83,6 +85,31 @@ def _broadcast(strategy, size, rounds):
     return right
 
 
+def _rounded(strategy, payload):
+    """Returns the mean, and what the last particle broadcasts, on each local device."""
+    collectives = _collectives(strategy)
+    local = len(strategy.extended.worker_devices)
+    particles = range(collectives.first_particle, collectives.first_particle + local)
+    vectors = [tf.constant(_fractions(p)) for p in particles]
+
+    @tf.function
+    def exchange(vectors, root):
+        healthy = tf.fill([collectives.num_particles], True)
+        return (
+            collectives.mean(vectors, healthy, _MEAN, payload),
+            collectives.broadcast(vectors, root, _BROADCAST, payload),
+        )
+
+    last = tf.constant(collectives.num_particles - 1)
+    return [[v.numpy() for v in copies] for copies in exchange(vectors, last)]
+
+
+def _fractions(particle):
+    random = np.random.default_rng(particle).normal(size=20_000).astype("float32")
+    random[0] = 1e6  # Too large for float16.
+    return random
+
+
 def _work(local_devices):
     """Is what each worker of a cluster does in the tests below."""
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -100,6 +127,7 @@ def _work(local_devices):
             for sick in (None, 0, particles - 1)
         ],
         "broadcast": [_broadcast(strategy, size, rounds) for size in _SIZES],
+        "rounded": [_rounded(strategy, payload) for payload in _PAYLOADS],
     }
 
 
@@ -108,7 +136,33 @@ def _expected_mean(particles, size, sick):
     return np.mean(vectors, axis=0)
 
 
-class InProcessTest(tf.test.TestCase, parameterized.TestCase):
+class _RoundedTestCase(tf.test.TestCase):
+    def check_rounded(self, copies, payload, particles):
+        """Checks the error of what came through; all copies must be equal."""
+        bound = _PAYLOADS[payload]
+        vectors = np.stack([_fractions(p) for p in range(particles)])
+        largest = payload.max if payload == tf.float16 else 1e6
+        for got, exact, scale in (
+            # Each share is rounded, and each sum of them.
+            (copies[0], vectors.mean(0), 2 * np.abs(vectors).sum(0)),
+            (copies[1], vectors[-1], np.abs(vectors[-1])),
+        ):
+            for copy in got:
+                self.assertAllEqual(copy, got[0])
+                error = np.abs(copy - exact)[1:]
+                # Below 2**-14, float16 has a constant error.
+                self.assertAllLessEqual(error - bound * scale[1:], 2**-24)
+                self.assertGreater(error.max(), 0)
+                self.assertTrue(np.isfinite(copy[0]))
+                self.assertAllClose(copy[0], largest, rtol=0.05)
+
+
+class InProcessTest(_RoundedTestCase, parameterized.TestCase):
+    @parameterized.parameters(*_PAYLOADS)
+    def test_rounds_what_would_travel(self, payload):
+        strategy = tf_psops.SwarmStrategy.in_process(3)
+        self.check_rounded(_rounded(strategy, payload), payload, 3)
+
     def test_gather_keeps_the_order_of_the_particles(self):
         strategy = tf_psops.SwarmStrategy.in_process(3)
         for got, expected in zip(_gather(strategy), _gathered(3)):
@@ -139,7 +193,7 @@ class InProcessTest(tf.test.TestCase, parameterized.TestCase):
             self.assertEqual(strategy.reduce("SUM", one_each, axis=None), particles)
 
 
-class ClusterTest(tf.test.TestCase, parameterized.TestCase):
+class ClusterTest(_RoundedTestCase, parameterized.TestCase):
     @parameterized.parameters((3, 1), (2, 2))
     def test_all_workers_get_the_same(self, workers, local):
         particles = workers * local
@@ -154,6 +208,8 @@ class ClusterTest(tf.test.TestCase, parameterized.TestCase):
                     self.assertAllClose(ends, expected)
             for rounds in result["broadcast"]:
                 self.assertAllEqual(rounds, [True] * (2 * particles + 2))
+            for copies, payload in zip(result["rounded"], _PAYLOADS):
+                self.check_rounded(copies, payload, particles)
 
 
 if __name__ == "__main__":

@@ -296,6 +296,29 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllEqual(before, copy)
 
 
+class PayloadTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.product(
+        rule=(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm, tf_psops.ElasticAverage),
+        payload=("float16", "bfloat16"),
+    )
+    def test_weights_travel_rounded(self, rule, payload):
+        def fit(**kwargs):
+            _, model = _swarm(3, make=lambda: _dense(layers.BatchNormalization()))
+            sync = tf_psops.PSOSync(2, rule(), **kwargs)
+            _fit(model, _data(6, 3), sync)
+            weights = _weights(model)
+            self.assertTrue(_equal(weights))
+            return weights[0], sync
+
+        (exact, plain), (rounded, sync) = fit(), fit(payload_dtype=payload)
+        self.assertNotAllEqual(rounded, exact)
+        self.assertAllClose(rounded, exact, rtol=0, atol=5e-3)
+        if rule.exchange == "mean":
+            self.assertEqual(
+                plain.bytes_moved - sync.bytes_moved, sync.num_syncs * exact.size * 2
+            )
+
+
 class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
     def _poison(self, model, replicas, at_step, value=np.nan):
         kernel = model.trainable_variables[0].value
@@ -374,6 +397,10 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
         ({"sync_every": True}, "`sync_every`.*sync_every=True"),
         ({"sync_every": 1, "rule": "average"}, "`rule`.*tf_psops.Rule.*'average'"),
         ({"sync_every": 1, "non_trainable": "no"}, "`non_trainable`.*local.*'no'"),
+        (
+            {"sync_every": 1, "payload_dtype": "int8"},
+            "`payload_dtype`.*float16.*'int8'",
+        ),
         ({"sync_every": 1, "optimizer_slots": 1}, "`optimizer_slots`.*local.*=1"),
     )
     def test_bad_arguments(self, arguments, text):

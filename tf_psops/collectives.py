@@ -71,7 +71,7 @@ class Collectives:
             )
             return tf.gather(gathered[:, 1:], tf.argsort(gathered[:, 0]))
 
-    def mean(self, vectors, healthy, call):
+    def mean(self, vectors, healthy, call, payload=None):
         """Returns the mean of the healthy replicas' vectors, [P], on each device.
 
         Args:
@@ -79,6 +79,8 @@ class Collectives:
                 replicas out of order may hold anything, NaN included.
             healthy: [W], a bool for each replica, at least one of them true.
             call: See `gather`.
+            payload: The float `tf.DType` that travels; what is too large for it
+                becomes its largest number. Defaults to that of the vectors.
         """
         first = self.first_particle
         with tf.device(self._devices[0]):
@@ -93,18 +95,21 @@ class Collectives:
                     for replica, vector in enumerate(vectors)
                 ]
             )
-            if self._num_workers > 1:
-                total = self._in_buckets(total, self._all_reduce, call)
-            mean = total / tf.cast(tf.math.count_nonzero(healthy), total.dtype)
+            share = total / tf.cast(tf.math.count_nonzero(healthy), total.dtype)
+            if payload:  # The sum must not be too large for it, either.
+                limit = 0.99 * float(payload.max) / self._num_workers
+                share = tf.clip_by_value(share, -limit, limit)
+            mean = self._in_buckets(share, self._all_reduce, call, payload)
         return self._to_devices(mean)
 
-    def broadcast(self, vectors, root, call):
+    def broadcast(self, vectors, root, call, payload=None):
         """Returns replica `root`'s vector, [P], on each local device.
 
         Args:
             vectors: A list of vectors, [P], one for each local replica.
             root: Scalar int32, from 0 to W - 1, the same on all workers.
             call: See `gather`.
+            payload: See `mean`.
         """
         root_worker = root // len(vectors)
         with tf.device(self._devices[0]):
@@ -112,19 +117,19 @@ class Collectives:
                 root % len(vectors),
                 [lambda vector=vector: tf.identity(vector) for vector in vectors],
             )
-            if self._num_workers > 1:
-                # An instance key that serves two roots gives uninitialised memory.
-                def receive(piece, key):
-                    return self._receive(piece, key + root_worker)
 
-                def send(piece, key):
-                    return self._send(piece, key + self._worker_index)
+            # An instance key that serves two roots gives uninitialised memory.
+            def receive(piece, key):
+                return self._receive(piece, key + root_worker)
 
-                mine = tf.cond(
-                    root_worker == self._worker_index,
-                    lambda: self._in_buckets(mine, send, call),
-                    lambda: self._in_buckets(mine, receive, call),
-                )
+            def send(piece, key):
+                return self._send(piece, key + self._worker_index)
+
+            mine = tf.cond(
+                root_worker == self._worker_index,
+                lambda: self._in_buckets(mine, send, call, payload),
+                lambda: self._in_buckets(mine, receive, call, payload),
+            )
         return self._to_devices(mine)
 
     @property
@@ -139,12 +144,24 @@ class Collectives:
                 copies.append(tf.identity(vector))
         return copies
 
-    def _in_buckets(self, vector, transfer, call):
-        """Applies `transfer(piece, key)` to pieces of about 4 MB."""
-        size = max(1, _BUCKET_BYTES // vector.dtype.size)
+    def _in_buckets(self, vector, transfer, call, payload):
+        """Applies `transfer(piece, key)` to pieces of about 4 MB.
+
+        A swarm in one process rounds as one over several workers does.
+        """
+        payload = payload or vector.dtype
+        if self._num_workers == 1:
+            return tf.cast(tf.saturate_cast(vector, payload), vector.dtype)
+        size = max(1, _BUCKET_BYTES // payload.size)
         first_key = call * _KEYS_PER_CALL
         pieces = [
-            transfer(vector[start : start + size], first_key + n * self._num_workers)
+            tf.cast(
+                transfer(
+                    tf.saturate_cast(vector[start : start + size], payload),
+                    first_key + n * self._num_workers,
+                ),
+                vector.dtype,
+            )
             for n, start in enumerate(range(0, vector.shape[0], size))
         ]
         return tf.concat(pieces, axis=0)
@@ -160,11 +177,19 @@ class Collectives:
         )
 
     def _send(self, piece, key):
-        return tf.raw_ops.CollectiveBcastSendV2(
-            input=piece, instance_key=key, **self._group
+        sent = tf.raw_ops.CollectiveBcastSendV2(
+            input=_as_bits(piece), instance_key=key, **self._group
         )
+        return tf.bitcast(sent, piece.dtype)
 
     def _receive(self, piece, key):
-        return tf.raw_ops.CollectiveBcastRecvV2(
-            instance_key=key, shape=tf.shape(piece), T=piece.dtype, **self._group
+        bits = _as_bits(piece)
+        got = tf.raw_ops.CollectiveBcastRecvV2(
+            instance_key=key, shape=tf.shape(bits), T=bits.dtype, **self._group
         )
+        return tf.bitcast(got, piece.dtype)
+
+
+def _as_bits(piece):
+    # TensorFlow broadcasts no bfloat16; its bits can travel as another type.
+    return tf.bitcast(piece, tf.float16) if piece.dtype == tf.bfloat16 else piece

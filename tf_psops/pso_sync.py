@@ -45,6 +45,10 @@ class PSOSync(keras.callbacks.Callback):
         optimizer_slots: What happens to the optimizer's slots, such as momentum:
             "local" leaves them to each particle, "average" averages them, at the
             cost of as much traffic again for each slot. Defaults to "local".
+        payload_dtype: The type in which the weights travel: "float32", or "float16"
+            or "bfloat16" for half the traffic. What travels is the way from the last
+            synchronisation, rounded; what stays on a particle is not. Defaults to
+            `None`, the weights' own type.
 
     Attributes:
         num_syncs: Synchronisations since training began.
@@ -79,7 +83,12 @@ class PSOSync(keras.callbacks.Callback):
     """
 
     def __init__(
-        self, sync_every, rule=None, non_trainable="average", optimizer_slots="local"
+        self,
+        sync_every,
+        rule=None,
+        non_trainable="average",
+        optimizer_slots="local",
+        payload_dtype=None,
     ):
         super().__init__()
         rule = rules.CentroidSwarm() if rule is None else rule
@@ -98,8 +107,14 @@ class PSOSync(keras.callbacks.Callback):
         for name, policy in policies.items():
             good = policy in ("average", "local")
             _checks.check(good, "'average' or 'local'", **{name: policy})
+        _checks.check(
+            payload_dtype in (None, "float32", "float16", "bfloat16"),
+            "'float32', 'float16', 'bfloat16' or None",
+            payload_dtype=payload_dtype,
+        )
         self.sync_every = sync_every
         self.rule = rule
+        self.payload_dtype = payload_dtype
         self.non_trainable = non_trainable
         self.optimizer_slots = optimizer_slots
         self.sync_seconds = 0.0
@@ -154,6 +169,7 @@ class PSOSync(keras.callbacks.Callback):
                 self.rule,
                 average_non_trainable=self.non_trainable == "average",
                 average_slots=self.optimizer_slots == "average",
+                payload_dtype=self.payload_dtype,
             )
             self.model.make_train_function(force=True)
             one_model.speak_for_swarm(self.model, self._synchronizer)

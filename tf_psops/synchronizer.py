@@ -25,9 +25,19 @@ class Synchronizer:
         rule: A `Rule`.
         average_non_trainable: Whether non-trainable state is averaged.
         average_slots: Whether the optimizer's slots are averaged.
+        payload_dtype: The name of the float type in which the vector of a
+            synchronisation travels, or `None` for that of the weights.
     """
 
-    def __init__(self, strategy, model, rule, average_non_trainable, average_slots):
+    def __init__(
+        self,
+        strategy,
+        model,
+        rule,
+        average_non_trainable,
+        average_slots,
+        payload_dtype=None,
+    ):
         self._rule = rule
         self._devices = strategy.extended.worker_devices
         self._collectives = collectives.Collectives(
@@ -44,6 +54,7 @@ class Synchronizer:
         weights = model.trainable_variables
         doubles = any(v.dtype == "float64" for v in [*weights, *state, *slots])
         self._dtype = tf.float64 if doubles else tf.float32
+        self._payload = tf.as_dtype(payload_dtype or self._dtype)
 
         def pack(*variables):
             return packing.Packing(strategy, variables, self._dtype)
@@ -164,10 +175,10 @@ class Synchronizer:
             tf.constant(self.num_syncs),
         )
         scalars = (table.shape[1] + self._rule.num_trials) * self.num_particles
-        elements = self._averaged.size
+        self.bytes_moved += scalars * table.dtype.size
+        self.bytes_moved += self._averaged.size * self._dtype.size
         if self._rule.exchange == "mean" or news != self._sent:
-            elements += self._weights.size
-        self.bytes_moved += scalars * table.dtype.size + elements * self._dtype.size
+            self.bytes_moved += self._weights.size * self._payload.size
         self._sent = news
         self.num_syncs += 1
         return fitness
@@ -266,16 +277,7 @@ class Synchronizer:
             for replica in range(len(self._devices))
         ]
         extras = self._on_devices(self._averaged.pack)
-        if self._rule.exchange == "mean":
-            vectors, extras = self._mean_of_both(offers, extras, healthy, _EXCHANGE)
-        else:
-            vectors = tf.cond(
-                is_news,
-                lambda: self._collectives.broadcast(offers, root, _EXCHANGE),
-                lambda: [tf.identity(vector) for vector in self._vector],
-            )
-            if self._averaged.size:
-                extras = self._collectives.mean(extras, healthy, _AVERAGE)
+        vectors, extras = self._travel(offers, extras, healthy, root, is_news)
 
         def learn(replica):
             self._vector[replica].assign(vectors[replica])
@@ -308,6 +310,31 @@ class Synchronizer:
             self._ledger.close(replica)
 
         self._on_devices(move)
+
+    def _travel(self, offers, extras, healthy, root, is_news):
+        """Returns the vector that travels and the averaged state, on each device."""
+        mean = self._collectives.mean
+        rounded = self._payload != self._dtype
+        if self._rule.exchange == "mean" and not rounded:
+            return self._mean_of_both(offers, extras, healthy, _EXCHANGE)
+        if self._averaged.size:
+            extras = mean(extras, healthy, _AVERAGE)
+        last = [vector.read_value() for vector in self._vector]
+        if rounded:  # What travels is the way from the last one, which is short.
+            offers = self._on_devices(lambda r: offers[r] - last[r])
+        if self._rule.exchange == "mean":
+            vectors = mean(offers, healthy, _EXCHANGE, self._payload)
+        else:
+            vectors = tf.cond(
+                is_news,
+                lambda: self._collectives.broadcast(
+                    offers, root, _EXCHANGE, self._payload
+                ),
+                lambda: [tf.zeros_like(v) if rounded else tf.identity(v) for v in last],
+            )
+        if rounded:
+            vectors = self._on_devices(lambda r: vectors[r] + last[r])
+        return vectors, extras
 
     def _heal(self, replica, vector):
         for variables, fresh in self._slots:
