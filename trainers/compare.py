@@ -15,7 +15,8 @@ A method can have arguments, of its rule or of `PSOSync`:
 `--methods="pso,pso(tolerance=0),pso(inertia=(0.5,))"`.
 
 With several `--learning_rates` each method gets its own best for each interval and
-partition, chosen on a tenth of the training set that is held out for it.
+partition, chosen on a tenth of the training set that is held out for it, by the mean
+over the same seeds.
 """
 
 import collections
@@ -143,9 +144,10 @@ def compare(
     rates = {place: learning_rates[0] for place in places}
     if len(learning_rates) > 1:
         tuning = [
-            comparison.Cell(*place, rate, seed=0, held_out=True)
+            comparison.Cell(*place, rate, seed, held_out=True)
             for place in places
             for rate in learning_rates
+            for seed in range(seeds)
         ]
         rates = _best_rates(_run(runner, tuning, "choosing learning rates"))
     cells = [
