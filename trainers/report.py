@@ -194,6 +194,9 @@ def _plot_accuracy(records, path, by_bytes):
             intervals = sorted({n for _, n in _columns(records)})
             axis.set_xticks(intervals, map(str, intervals), minor=False)
             axis.minorticks_off()
+        else:
+            axis.xaxis.set_major_formatter("{x:g}")
+            axis.xaxis.set_minor_formatter("{x:g}")
         axis.set_title(f"partition: {partition}")
         axis.set_xlabel(
             "MB moved to each worker"
