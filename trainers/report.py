@@ -189,7 +189,7 @@ def _plot_accuracy(records, path, by_bytes):
             axis.fill_between(
                 x, mean - error, mean + error, color=style["color"], alpha=0.2
             )
-        axis.set_xscale("log")
+        axis.set_xscale("log", subs=[2, 5])
         if not by_bytes:
             intervals = sorted({n for _, n in _columns(records)})
             axis.set_xticks(intervals, map(str, intervals), minor=False)
