@@ -122,6 +122,20 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(final, [0.2, 0.2])
         self.assertIn("| average | 0.2 |", (folder / "results.md").read_text())
 
+    def test_held_out_comparison_leaves_the_test_set_alone(self):
+        def run(_, cell):
+            return _record(*cell[:2], cell.seed, 0.9) | cell._asdict()
+
+        folder = pathlib.Path(self.get_temp_dir())
+        with mock.patch.object(comparison.Comparison, "run", run):
+            compare.compare(
+                *(_SETTINGS, ["average"], [5], ["full"], [0.1, 0.2], 2, folder),
+                held_out=True,
+            )
+        records = json.loads((folder / "results.json").read_text())
+        self.assertTrue(all(record["held_out"] for record in records))
+        self.assertStartsWith((folder / "results.md").read_text(), "Held-out accuracy")
+
     @parameterized.parameters(
         ("--methods=average,gossip", "methods.*'gossip'.*'average'"),
         ("--methods=", "methods"),

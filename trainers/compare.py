@@ -16,7 +16,8 @@ A method can have arguments, of its rule or of `PSOSync`:
 
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it, by the mean
-over the same seeds.
+over the same seeds. With `--held_out` the comparison itself takes that tenth in place of
+the test set: to choose the constants of a rule.
 """
 
 import collections
@@ -48,6 +49,9 @@ _SHARDS = flags.DEFINE_integer(
 )
 _LEARNING_RATES = flags.DEFINE_list("learning_rates", ["0.05"], "Learning rates.")
 _SEEDS = flags.DEFINE_integer("seeds", 3, "Seeds, from 0.", lower_bound=1)
+_HELD_OUT = flags.DEFINE_bool(
+    "held_out", False, "Test on a held-out tenth of the training set, not the test set."
+)
 _FLAGS = (
     common_flags.DATASET,
     common_flags.DATA_DIR,
@@ -61,6 +65,7 @@ _FLAGS = (
     common_flags.BATCH_SIZE,
     common_flags.EPOCHS,
     _SEEDS,
+    _HELD_OUT,
     common_flags.OUTPUT_DIR,
 )
 
@@ -102,6 +107,7 @@ def compare(
     seeds,
     output_dir,
     data_dir=None,
+    held_out=False,
 ):
     """Runs a comparison, as far as it is not done yet, and writes its results.
 
@@ -114,6 +120,8 @@ def compare(
         seeds: The number of seeds.
         output_dir: A `pathlib.Path` of a folder.
         data_dir: Folder of TensorFlow Datasets. Defaults to its own default.
+        held_out: Whether a held-out tenth of the training set takes the place of the
+            test set. Defaults to `False`.
 
     Returns:
         The number of cells that failed.
@@ -151,7 +159,7 @@ def compare(
         ]
         rates = _best_rates(_run(runner, tuning, "choosing learning rates"))
     cells = [
-        comparison.Cell(*place, rates[place], seed)
+        comparison.Cell(*place, rates[place], seed, held_out)
         for place in places
         if place in rates
         for seed in range(seeds)
@@ -219,6 +227,7 @@ def main(argv):
         _SEEDS.value,
         output_dir,
         common_flags.DATA_DIR.value,
+        _HELD_OUT.value,
     )
     return 1 if num_failed else 0
 

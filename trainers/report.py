@@ -43,8 +43,9 @@ def markdown(records):
     columns = _columns(records)
     seeds = {len(runs) for runs in cells.values()}
     texts = {method: [] for method in methods}
+    kind = "Held-out" if records[0]["held_out"] else "Test"
     lines = [
-        f"Test accuracy in percent, mean ± standard error over {_range(seeds)} seeds.",
+        f"{kind} accuracy in percent, mean ± standard error over {_range(seeds)} seeds.",
         "",
         *_head(columns),
     ]
