@@ -19,7 +19,7 @@ from absl.testing import absltest, flagsaver, parameterized
 from tf_psops import heartbeat
 from tf_psops import launch as launch_lib
 
-_TIMEOUT_SECONDS = 20
+_TIMEOUT_SECONDS = 60
 # Runs the launcher without `tf_psops/__init__.py`, which imports TensorFlow.
 _LAUNCHER = [sys.executable, launch_lib.__file__]
 # Starts a child in its own process group, and notes both process ids in $PIDS.
