@@ -257,3 +257,11 @@ def test_loss(model, data):
     )
     # Keras divides a replica's loss by their number.
     return loss * tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)
+
+
+def begin_at_epoch(model, epoch):
+    """Makes `fit` begin at an epoch, `None` for where its caller says.
+
+    As Keras' own BackupAndRestore does it.
+    """
+    model._initial_epoch = epoch

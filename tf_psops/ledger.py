@@ -69,6 +69,10 @@ class Ledger:
         self._local[replica].assign(tf.zeros([3], tf.float64))
         self.close(replica)
 
+    def sums(self, replica):
+        """Returns the variable that a local replica's count and mean are in."""
+        return self._local[replica]
+
     def steps(self, replica):
         """Returns the local steps of a local replica since `begin`, float64."""
         return self._local[replica][0]

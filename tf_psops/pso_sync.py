@@ -1,5 +1,6 @@
 """The Keras callback that synchronises a swarm."""
 
+import os
 import time
 
 import keras
@@ -7,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, heartbeat, one_model, rules, synchronizer
+from tf_psops import _checks, heartbeat, one_model, resumption, rules, synchronizer
 from tf_psops import strategy as strategy_lib
 
 
@@ -49,6 +50,21 @@ class PSOSync(keras.callbacks.Callback):
             or "bfloat16" for half the traffic. What travels is the way from the last
             synchronisation, rounded; what stays on a particle is not. Defaults to
             `None`, the weights' own type.
+        backup_dir: Folder for backups of the whole swarm, from which a training that
+            was cut short goes on when it is started again: every particle's weights,
+            state, optimizer and what the rule remembers, and the step in the epoch.
+            The batches before are drawn again and skipped, so the dataset must give
+            the same ones again; with `steps_per_epoch`, one that does not end
+            (`repeat`) or lasts for all epochs. A training that has ended is not
+            repeated: `fit` returns its result. Each `fit` of the callback has a
+            folder of its own inside, in the order of the calls. The workers may share
+            the folder, or each have one. What other callbacks remember starts anew.
+            Defaults to `None`: no backups.
+        backup_every: How many synchronisations to let pass from one backup to the
+            next, at least 1. Files are written in the background. Defaults to 10.
+        elastic: Whether to go on from a backup of another number of particles, in a
+            folder that all workers share. Particles of the same index keep what they
+            had; new ones start from what the swarm agreed on. Defaults to `False`.
 
     Attributes:
         num_syncs: Synchronisations since training began.
@@ -67,7 +83,9 @@ class PSOSync(keras.callbacks.Callback):
         ValueError: If an argument is out of its range; when training begins, if the
             model was not made in the scope of a `SwarmStrategy`; and during
             training, if a synchronisation does not fall on the end of an execution
-            of `steps_per_execution` steps.
+            of `steps_per_execution` steps. Also if a backup is damaged, or of another
+            model or number of particles.
+        OSError: If a backup cannot be written.
         FloatingPointError: During training, if no particle is in good health.
         RuntimeError: During training, if the workers are not at the same step.
 
@@ -89,6 +107,9 @@ class PSOSync(keras.callbacks.Callback):
         non_trainable="average",
         optimizer_slots="local",
         payload_dtype=None,
+        backup_dir=None,
+        backup_every=10,
+        elastic=False,
     ):
         super().__init__()
         rule = rules.CentroidSwarm() if rule is None else rule
@@ -112,6 +133,18 @@ class PSOSync(keras.callbacks.Callback):
             "'float32', 'float16', 'bfloat16' or None",
             payload_dtype=payload_dtype,
         )
+        _checks.check(
+            backup_dir is None or isinstance(backup_dir, (str, os.PathLike)),
+            "the path of a folder, or None",
+            backup_dir=backup_dir,
+        )
+        _checks.check(isinstance(elastic, bool), "True or False", elastic=elastic)
+        good = _checks.is_whole(backup_every) and backup_every >= 1
+        _checks.check(
+            good,
+            "a whole number of synchronisations, at least 1",
+            backup_every=backup_every,
+        )
         self.sync_every = sync_every
         self.rule = rule
         self.payload_dtype = payload_dtype
@@ -122,8 +155,12 @@ class PSOSync(keras.callbacks.Callback):
         self._synchronizer = None
         self._synchronized = None
         self._steps = 0
+        self._epoch = 0
         self._steps_in_epoch = 0
         self._synced_steps = 0
+        self._resumption = None
+        if backup_dir is not None:
+            self._resumption = resumption.Resumption(backup_dir, backup_every, elastic)
 
     @property
     def num_syncs(self):
@@ -176,8 +213,11 @@ class PSOSync(keras.callbacks.Callback):
         self._synchronizer.begin()
         self.sync_seconds = 0.0
         self._steps = self._synced_steps = 0
+        if self._resumption:
+            self._resumption.begin(self.model, self._synchronizer, self._resume)
 
     def on_epoch_begin(self, epoch, logs=None):
+        self._epoch = epoch
         self._steps_in_epoch = 0
 
     def on_test_batch_end(self, batch, logs=None):
@@ -185,12 +225,14 @@ class PSOSync(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         heartbeat.beat()
+        if self._resumption and self._resumption.skipping:
+            return
         if self.model.steps_per_execution == 1:
             self._steps += batch + 1 - self._steps_in_epoch
-            self._steps_in_epoch = batch + 1
         else:
             # The last execution of an epoch may hold fewer steps than `batch` says.
             self._steps = self._synchronizer.local_steps()
+        self._steps_in_epoch = batch + 1
         due = self._synced_steps + self.sync_every
         if self._steps > due:
             raise ValueError(
@@ -209,7 +251,22 @@ class PSOSync(keras.callbacks.Callback):
         averaged = getattr(optimizer, "inner_optimizer", optimizer).use_ema
         if self._steps > self._synced_steps and not averaged:
             self._synchronize()
+        if self._resumption:
+            self._resumption.end(None if averaged else self._place())
         self._synchronizer.close(take_mean=averaged)
+
+    def _place(self):
+        """Returns where training is, right after a synchronisation."""
+        return {
+            "epoch": self._epoch,
+            "steps_in_epoch": self._steps_in_epoch,
+            "steps": self._steps,
+        }
+
+    def _resume(self, place):
+        """Goes on from what `_place` returned once."""
+        self._steps_in_epoch = place["steps_in_epoch"]
+        self._steps = self._synced_steps = place["steps"]
 
     def _synchronize(self):
         start = time.perf_counter()
@@ -222,8 +279,10 @@ class PSOSync(keras.callbacks.Callback):
                 sick,
                 self.num_syncs - 1,
             )
-        self.sync_seconds += time.perf_counter() - start
         self._synced_steps = self._steps
+        if self._resumption:
+            self._resumption.note_sync(self._place())
+        self.sync_seconds += time.perf_counter() - start
 
     def _check_optimizer(self):
         # `optimizer.iterations` is no variable where gradients accumulate.

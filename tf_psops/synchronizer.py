@@ -9,7 +9,10 @@ from tf_psops import _private_api, collectives, ledger, packing
 from tf_psops.rules import rule as rule_lib
 
 # The calls of `Collectives`.
-_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE = range(7)
+_BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE, _TELL = range(8)
+
+# What a swarm has of its past besides the particles.
+_PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
 
 _FAR = 100.0
 
@@ -81,6 +84,84 @@ class Synchronizer:
     def num_particles(self):
         """Returns W, the number of particles on all workers."""
         return self._collectives.num_particles
+
+    @property
+    def local_particles(self):
+        """Returns the range of the local particles' indices."""
+        first = self._collectives.first_particle
+        return range(first, first + len(self._devices))
+
+    def tell(self, row):
+        """Returns what each particle's worker tells, a NumPy array [W, 3].
+
+        Args:
+            row: Three numbers of this worker, the same for all of its particles.
+        """
+        return self._tell(tf.constant(row, tf.float64)).numpy()
+
+    @tf.function(autograph=False)
+    def _tell(self, row):
+        return self._collectives.gather([row] * len(self._devices), _TELL)
+
+    def particles(self):
+        """Returns the variables that each local particle is made of, lists."""
+        model, local = self._model, self._strategy.experimental_local_results
+        of_keras = model.variables + model.optimizer.variables + model.metrics_variables
+        copies = zip(*(local(variable.value) for variable in of_keras), strict=True)
+        return [
+            [
+                *variables,
+                *tf.nest.flatten(self._rule_state[replica]),
+                self._vector[replica],
+                self._agreed_state[replica],
+                self._ledger.sums(replica),
+            ]
+            for replica, variables in enumerate(copies)
+        ]
+
+    def progress(self):
+        """Returns what the synchronisations have come to, to `restore` it."""
+        return {name: getattr(self, name) for name in _PROGRESS}
+
+    def restore(self, progress, arrays, newcomers):
+        """Puts the swarm back to where it was.
+
+        Args:
+            progress: A dict from `progress`.
+            arrays: For each local particle the values of its variables as in
+                `particles`, in a newcomer's place those of another particle.
+            newcomers: Indices of the local particles that were not in the swarm. They
+                start from the position that stands for it, with fresh slots.
+        """
+        for name in _PROGRESS:
+            setattr(self, name, progress[name])
+        if newcomers:
+            self._sent = None
+        local = self._strategy.experimental_local_results
+        for replica, (variables, values) in enumerate(zip(self.particles(), arrays)):
+            own = set()
+            if self.local_particles[replica] in newcomers:
+                # Its random seeds and slots are its own, and fresh.
+                own = {id(copies[replica]) for copies, _ in self._slots} | {
+                    id(local(variable.value)[replica])
+                    for variable in self._model.non_trainable_variables
+                    if not tf.as_dtype(variable.dtype).is_floating
+                }
+            for variable, value in zip(variables, values):
+                if id(variable) not in own:
+                    variable.assign(value)
+        for newcomer in newcomers:
+            self._join(newcomer - self.local_particles[0])
+
+    def _join(self, replica):
+        with tf.device(self._devices[replica]):
+            position = self._agreed_position(replica)
+            state = self._rule.join(
+                tf.nest.map_structure(tf.identity, self._rule_state[replica]), position
+            )
+            _assign(self._rule_state[replica], state)
+            self._weights.unpack(replica, position)
+            self._state.unpack(replica, self._agreed_state[replica])
 
     def local_steps(self):
         """Returns the local steps of this worker's first particle, an int."""

@@ -16,8 +16,8 @@ A method can have arguments, of its rule or of `PSOSync`:
 
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it, by the mean
-over the same seeds. With `--held_out` the comparison itself takes that tenth in place of
-the test set: to choose the constants of a rule.
+over the same seeds. With `--held_out` the comparison itself takes that tenth in place
+of the test set: to choose the constants of a rule.
 """
 
 import collections

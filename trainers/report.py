@@ -45,7 +45,8 @@ def markdown(records):
     texts = {method: [] for method in methods}
     kind = "Held-out" if records[0]["held_out"] else "Test"
     lines = [
-        f"{kind} accuracy in percent, mean ± standard error over {_range(seeds)} seeds.",
+        f"{kind} accuracy in percent, mean ± standard error over {_range(seeds)} "
+        "seeds.",
         "",
         *_head(columns),
     ]

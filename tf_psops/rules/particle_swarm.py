@@ -88,6 +88,11 @@ class ParticleSwarm(Rule):
             best_fitness=tf.constant(float("inf"), position.dtype),
         )
 
+    def join(self, state, position):
+        """Returns the state of a particle at rest; see `Rule.join`."""
+        del state
+        return self.init(position)
+
     def offer(self, state, position, fitness):
         """Returns the state with its personal best renewed, and that best."""
         fitness = tf.cast(fitness, position.dtype)

@@ -154,3 +154,15 @@ class Rule:
         """
         del state
         return vector
+
+    def join(self, state, position) -> Any:
+        """Returns the state of a particle that joins a swarm which is under way.
+
+        By default that of another particle, for states that all particles share.
+
+        Args:
+            state: Another particle's state.
+            position: [P], the position that stands for the swarm, where it starts.
+        """
+        del position
+        return state

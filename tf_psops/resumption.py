@@ -1,0 +1,161 @@
+"""Backs a training up after synchronisations, and resumes it."""
+
+import pathlib
+
+from absl import logging
+
+from tf_psops import _private_api, backup, feed
+
+
+class Resumption:
+    """Keeps one training after another resumable, each in a folder of its own.
+
+    All workers call the same methods in the same order.
+
+    Args:
+        folder: Path of the folder of all trainings of one `PSOSync`.
+        backup_every: Synchronisations from one backup to the next.
+        elastic: Whether a swarm of another size may go on from a backup.
+    """
+
+    def __init__(self, folder, backup_every, elastic):
+        self._folder = pathlib.Path(folder)
+        self._backup_every = backup_every
+        self._elastic = elastic
+        self._num_trainings = 0
+        self._last = None
+        self._backups = None
+        self._feed = None
+
+    @property
+    def skipping(self):
+        """Tells whether training is not yet back where the backup was taken."""
+        return self._feed.skipping
+
+    def begin(self, model, synchronizer, resume):
+        """Begins a training, or goes on with it if there is a backup.
+
+        Args:
+            model: The `keras.Model`, about to be trained by `fit`.
+            synchronizer: Its `Synchronizer`, which has begun.
+            resume: A function of the place that `note_sync` was told, called when
+                training is there again.
+
+        Raises:
+            ValueError: If a backup does not fit.
+            RuntimeError: If that is so on another worker.
+        """
+        self._model, self._synchronizer = model, synchronizer
+        self._backups = backup.Backups(
+            self._folder / f"fit-{self._num_trainings}",
+            synchronizer.local_particles,
+            synchronizer.num_particles,
+        )
+        train_function = model.train_function
+        if isinstance(train_function, feed.Feed):  # An earlier training was cut short.
+            train_function = train_function.train_function
+        self._feed = feed.Feed(train_function, model.steps_per_execution)
+        model.train_function = self._feed
+        self._last = self._common_number()
+        _private_api.begin_at_epoch(model, None)
+        if self._last is None:
+            self._backups.discard_after(-1)
+            return
+        loaded = self._together(self._load)
+        self._backups.discard_after(self._last)
+        header, _ = loaded[0]
+        place = header["place"]
+        logging.info(
+            "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
+        )
+        _private_api.begin_at_epoch(model, place["epoch"])
+
+        def arrive():
+            newcomers = [
+                particle
+                for particle in synchronizer.local_particles
+                if particle >= header["num_particles"]
+            ]
+            arrays = [values for _, values in loaded]
+            synchronizer.restore(header["progress"], arrays, newcomers)
+            resume(place)
+            model.stop_training = header["stopped"]
+            return model.get_metrics_result()
+
+        self._feed.skip(header["drawn"], place["steps_in_epoch"], arrive)
+
+    def note_sync(self, place):
+        """Takes a backup if it is time for one.
+
+        Args:
+            place: Where training is, a dict.
+        """
+        if self._synchronizer.num_syncs % self._backup_every == 0:
+            self._save(place, stopped=False)
+
+    def end(self, place):
+        """Ends the training.
+
+        Args:
+            place: Where training is, right after a synchronisation, or `None` if it
+                is not there.
+        """
+        if place and self._last != self._synchronizer.num_syncs:
+            self._save(place, stopped=self._model.stop_training)
+        self._backups.wait()
+        self._model.train_function = self._feed.train_function
+        _private_api.begin_at_epoch(self._model, None)
+        self._num_trainings += 1
+
+    def _save(self, place, stopped):
+        self._last = self._synchronizer.num_syncs
+        self._backups.save(
+            self._last,
+            self._synchronizer.particles(),
+            place=place,
+            drawn=self._feed.drawn,
+            stopped=stopped,
+            progress=self._synchronizer.progress(),
+        )
+
+    def _load(self):
+        return [
+            self._backups.load(self._last, particle, variables)
+            for particle, variables in zip(
+                self._synchronizer.local_particles, self._synchronizer.particles()
+            )
+        ]
+
+    def _common_number(self):
+        """Returns the newest backup of all workers, or `None` for a new training."""
+        numbers = self._together(lambda: self._backups.numbers(self._elastic))
+        table = self._synchronizer.tell([0, *(numbers + [-1, -1])[:2]])[:, 1:]
+        newest = int(max(set.intersection(*map(set, table.tolist())), default=-1))
+        if newest >= 0:
+            return newest
+        # A kill while the first backup was written leaves it with some workers.
+        if table[:, 1].max() >= 0 or table[:, 0].min() >= 0:
+            raise ValueError(
+                "The workers have no backup in common in "
+                f"backup_dir={str(self._folder)!r}. Received the numbers "
+                f"{table.astype(int).tolist()}, in the order of the particles. Bring "
+                "the missing files back, or give another `backup_dir` to begin anew."
+            )
+        return None
+
+    def _together(self, function):
+        """Returns what a function does, or raises on all workers if it does on one."""
+        error = result = None
+        try:
+            result = function()
+        except (OSError, ValueError) as raised:
+            error = raised
+        failed = self._synchronizer.tell([error is not None, 0, 0])[:, 0]
+        if error:
+            raise error
+        if failed.any():
+            raise RuntimeError(
+                f"Particles {failed.nonzero()[0].tolist()} cannot resume from their "
+                "backup. See the error of their worker."
+            )
+        return result
