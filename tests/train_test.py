@@ -74,8 +74,14 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_repeats_bit_for_bit(self):
         arguments = {"model": "mlp", "particles": 2, "epochs": 1, "seed": 3}
-        first, second = (training.train(**arguments) for _ in range(2))
+        backups = pathlib.Path(self.get_temp_dir(), "backups")
+        first = training.train(**arguments)
+        second, resumed = (
+            training.train(**arguments, backup_dir=backups) for _ in range(2)
+        )
         self.assertEqual(first.test_loss, second.test_loss)
+        self.assertEqual(first.test_loss, resumed.test_loss)
+        self.assertNotEmpty(list(backups.glob("fit-0/*.npz")))
         other = training.train(**{**arguments, "seed": 4})
         self.assertNotEqual(first.test_loss, other.test_loss)
 

@@ -159,8 +159,8 @@ class Backups:
 
     def _unwritable(self, error):
         return OSError(
-            f"Cannot write a backup to {str(self._folder)!r}: {error}. Make room there, "
-            "or give another `backup_dir`. Older backups are intact."
+            f"Cannot write a backup to {str(self._folder)!r}: {error}. Make room, or "
+            "give another `backup_dir`. Older backups are intact."
         )
 
     def _write(self, number, values, header):

@@ -26,6 +26,9 @@ _LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.05, "Learning rate of SGD
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of weights, data order and rule.", lower_bound=0
 )
+_BACKUP_DIR = flags.DEFINE_string(
+    "backup_dir", None, "Folder for backups, to go on from after a loss. None if unset."
+)
 _FLAGS = (
     common_flags.DATASET,
     common_flags.DATA_DIR,
@@ -38,6 +41,7 @@ _FLAGS = (
     _LEARNING_RATE,
     _SEED,
     common_flags.OUTPUT_DIR,
+    _BACKUP_DIR,
 )
 
 flags.register_validator(

@@ -55,6 +55,7 @@ def train(
     learning_rate=0.05,
     seed=0,
     output_dir=None,
+    backup_dir=None,
 ):
     """Trains an image classifier with a swarm and evaluates it on the test set.
 
@@ -78,6 +79,8 @@ def train(
             Defaults to 0.
         output_dir: Folder for `metrics.jsonl`, `result.json`, `model.keras` and
             TensorBoard's events; made if needed. Defaults to none: no files.
+        backup_dir: Folder for backups, from which the same call goes on after it was
+            cut short; see `tf_psops.PSOSync`. Defaults to none.
 
     Returns:
         A `Result`.
@@ -116,7 +119,7 @@ def train(
             metrics=["accuracy"],
         )
 
-    sync = tf_psops.PSOSync(sync_every, RULES[rule]())
+    sync = tf_psops.PSOSync(sync_every, RULES[rule](), backup_dir=backup_dir)
     particle_evaluation = evaluation.ParticleEvaluation(test)
     callbacks = [particle_evaluation, sync]
     if output:
@@ -197,9 +200,6 @@ class _MetricsLog(keras.callbacks.Callback):
         self._path = path
         self._sync = sync
 
-    def on_train_begin(self, logs=None):
-        self._path.write_text("")
-
     def on_epoch_end(self, epoch, logs=None):
         record = {
             "epoch": epoch,
@@ -207,5 +207,7 @@ class _MetricsLog(keras.callbacks.Callback):
             "num_syncs": self._sync.num_syncs,
             "sync_seconds": self._sync.sync_seconds,
         }
-        with self._path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        # A resumed training repeats an epoch, a new one all of them.
+        lines = [line for line in lines if json.loads(line)["epoch"] < epoch]
+        write_text(self._path, "\n".join([*lines, json.dumps(record)]) + "\n")
