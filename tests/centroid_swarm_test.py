@@ -7,7 +7,7 @@ from absl.testing import parameterized
 
 import tf_psops
 
-_SIZES = (2, 1)
+_TENSOR_IDS = (0, 0, 1)
 _INF, _NAN = float("inf"), float("nan")
 
 
@@ -19,7 +19,7 @@ def _news(rule, vector, sync=0, scores=None):
         sync=tf.constant(sync),
         scores=None if scores is None else tf.constant(scores, tf.float64),
     )
-    return news._replace(factors=rule.factors(news, len(_SIZES)))
+    return news._replace(factors=rule.factors(news, 2))
 
 
 class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
@@ -28,7 +28,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         state = rule.init(tf.constant([1.0, 2.0, 3.0], tf.float64))
         state = state._replace(velocity=tf.constant([9.0, 9.0, 9.0], tf.float64))
         mean = np.array([4.0, 5.0, 6.0])
-        self.assertAllClose(rule.trial(0, state, _news(rule, mean), _SIZES), mean)
+        self.assertAllClose(rule.trial(0, state, _news(rule, mean), _TENSOR_IDS), mean)
 
     @parameterized.parameters(
         # Scores, and the inertias of where the swarm goes on and of its answer.
@@ -48,7 +48,9 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         mean = np.array([4.0, 5.0, 6.0])
         # As `Synchronizer` hands scores on: what is not finite is infinite.
         scores = np.where(np.isfinite(scores), scores, _INF)
-        move = tf.function(lambda *args: rule.move(*args, _SIZES), jit_compile=True)
+        move = tf.function(
+            lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True
+        )
         state, moved = move(state, tf.zeros(3), _news(rule, mean, scores=scores))
         self.assertAllClose(moved, mean + inertia * velocity)
         self.assertAllClose(state.velocity, moved - start)
@@ -57,8 +59,12 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
     def test_flies_like_numpy(self):
         """Against PSO of the centroid written out in NumPy, on a quadratic loss."""
         rule = tf_psops.CentroidSwarm(inertia=(0.3, 0.5, 0.7))
-        trial = tf.function(lambda *args: rule.trial(*args, _SIZES), jit_compile=True)
-        move = tf.function(lambda *args: rule.move(*args, _SIZES), jit_compile=True)
+        trial = tf.function(
+            lambda *args: rule.trial(*args, _TENSOR_IDS), jit_compile=True
+        )
+        move = tf.function(
+            lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True
+        )
         rng = np.random.default_rng(0)
         goal = rng.normal(size=3)
         x, v = np.zeros(3), np.zeros(3)
@@ -138,7 +144,7 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
             v = inertia * v + (mean - g)
             g = g + v
             state, moved = rule.move(
-                state, tf.zeros([3], tf.float64), _news(rule, mean, sync), _SIZES
+                state, tf.zeros([3], tf.float64), _news(rule, mean, sync), _TENSOR_IDS
             )
             self.assertAllClose(moved, g)
             self.assertAllClose(rule.agreed(state, mean), g)
@@ -154,7 +160,7 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
             x = x + rng.normal(size=x.shape)
             mean = x.mean(axis=0)
             moves = [
-                rule.move(state, tf.constant(p), _news(rule, mean, sync), _SIZES)
+                rule.move(state, tf.constant(p), _news(rule, mean, sync), _TENSOR_IDS)
                 for state, p in zip(states, x)
             ]
             x, c = x - 0.2 * (x - c), c + 0.8 * (mean - c)

@@ -285,12 +285,12 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
         seen = set()
 
         class Spy(tf_psops.ParameterAverage):
-            def move(self, state, position, news, sizes):
-                seen.add((position.shape[0], sizes))
-                return super().move(state, position, news, sizes)
+            def move(self, state, position, news, tensor_ids):
+                seen.add((position.shape[0], tensor_ids.shape[0]))
+                return super().move(state, position, news, tensor_ids)
 
         _fit(model, _data(3), tf_psops.PSOSync(2, Spy()))
-        self.assertEqual(seen, {(15, (12, 3))})
+        self.assertEqual(seen, {(15, 15)})
         for before, variable in zip(start, model.non_trainable_variables):
             for copy in _local(model, variable):
                 self.assertAllEqual(before, copy)
@@ -429,7 +429,7 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_rule_that_returns_another_shape(self):
         class Short(tf_psops.Rule):
-            def move(self, state, position, news, sizes):
+            def move(self, state, position, news, tensor_ids):
                 return state, position[1:]
 
         _, model = _swarm()

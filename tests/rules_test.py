@@ -19,6 +19,7 @@ from tf_psops import rules
 
 _INF, _NAN = float("inf"), float("nan")
 _SIZES = (1, 2, 3)
+_TENSOR_IDS = np.repeat(range(3), _SIZES)
 _TAKES = ("own", "global_best")
 _FLOATS = (np.float32, np.float64)
 
@@ -45,10 +46,10 @@ def _with_factors(r1, r2, **kwargs):
     return rule
 
 
-def _move(rule, state, position, news, sizes):
+def _move(rule, state, position, news, tensor_ids):
     """Moves as a swarm does: the random factors are drawn beforehand."""
-    news = news._replace(factors=rule.factors(news, len(sizes)))
-    return rule.move(state, position, news, sizes)
+    news = news._replace(factors=rule.factors(news, max(tensor_ids) + 1))
+    return rule.move(state, position, news, tensor_ids)
 
 
 def _fly(rule, start, kicks, fitness, compiled=False):
@@ -61,7 +62,7 @@ def _fly(rule, start, kicks, fitness, compiled=False):
         fitness: [S, W].
         compiled: Whether XLA compiles the rule.
     """
-    offer, move = rule.offer, lambda *args: rule.move(*args, _SIZES)
+    offer, move = rule.offer, lambda *args: rule.move(*args, _TENSOR_IDS)
     draw = functools.partial(rule.factors, num_tensors=len(_SIZES))
     if compiled:
         offer = tf.function(offer, jit_compile=True)
@@ -133,7 +134,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         x, best = tf.constant([1.0, 2.0, 3.0]), tf.constant([3.0, 2.0, 1.0])
         state, _ = rule.offer(rule.init(best), best, 0.5)
         state = state._replace(velocity=tf.constant([2.0, 4.0, -2.0]))
-        state, moved = _move(rule, state, x, _news([7.0, 0.0, 3.0]), (1, 2))
+        state, moved = _move(rule, state, x, _news([7.0, 0.0, 3.0]), [0, 1, 1])
         # .5*2 + .5*2 + 2*.25*6,  .5*4 + .25*0 + 2*.5*-2,  .5*-2 + .25*-2 + 2*.5*0
         self.assertAllEqual(state.velocity, [5.0, 0.0, -1.5])
         self.assertAllEqual(moved, expected)
@@ -145,12 +146,12 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         state = rule.init(tf.constant([0.0]))
         state, offer = rule.offer(state, tf.constant([4.0]), 1.0)
         self._assert_offer(offer, [4.0], 1.0)
-        state, moved = _move(rule, state, tf.constant([4.0]), _news([8.0]), (1,))
+        state, moved = _move(rule, state, tf.constant([4.0]), _news([8.0]), [0])
         self.assertAllEqual(moved, [6.0])
         # Training leads on to 7, and that is worse: 4 stays the personal best.
         state, offer = rule.offer(state, tf.constant([7.0]), 2.0)
         self._assert_offer(offer, [4.0], 1.0)
-        state, moved = _move(rule, state, tf.constant([7.0]), _news([8.0]), (1,))
+        state, moved = _move(rule, state, tf.constant([7.0]), _news([8.0]), [0])
         self.assertAllEqual(moved, [7.0 + 0.25 * 2 + 0.5 * (4 - 7) + 0.5 * (8 - 7)])
         # As good a place does not take over: an equal score is an equal vector.
         _, offer = rule.offer(state, tf.constant([5.0]), 1.0)
@@ -160,7 +161,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         rule = _with_factors([1.0], [1.0], cognitive=0.5, social=0)
         state, offer = rule.offer(rule.init(tf.ones([1])), tf.constant([3.0]), _INF)
         self._assert_offer(offer, [1.0], _INF)
-        _, moved = _move(rule, state, tf.constant([3.0]), _news([9.0]), (1,))
+        _, moved = _move(rule, state, tf.constant([3.0]), _news([9.0]), [0])
         self.assertAllEqual(moved, [2.0])
 
     @parameterized.product(dtype=_FLOATS, fitness=_FLOATS)
@@ -171,7 +172,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
         position = tf.fill([6], tf.constant(1 / 3, dtype))
         state, offer = rule.offer(rule.init(position), position, tf.ones([], fitness))
         news = _news(offer.vector)
-        moved = _move(rule, state, position, news, _SIZES)
+        moved = _move(rule, state, position, news, _TENSOR_IDS)
         for value in tf.nest.flatten([offer, moved]):
             self.assertEqual(value.dtype, dtype)
         self.assertAllEqual(offer.vector, position)
@@ -271,7 +272,7 @@ class OtherRulesTest(parameterized.TestCase, tf.test.TestCase):
     def test_parameter_average_moves_to_the_mean(self):
         rule = rules.ParameterAverage()
         self.assertEqual(rule.exchange, "mean")
-        state, moved = rule.move((), tf.zeros([6]), _news([3.0] * 6), _SIZES)
+        state, moved = rule.move((), tf.zeros([6]), _news([3.0] * 6), _TENSOR_IDS)
         self.assertEqual(state, ())
         self.assertAllEqual(moved, [3.0] * 6)
 
@@ -284,7 +285,7 @@ class OtherRulesTest(parameterized.TestCase, tf.test.TestCase):
         self.assertAllEqual(offer.score, 0.5)
         self.assertEqual(rule.agreed((), "the vector"), "the vector")
         with self.assertRaises(NotImplementedError):
-            rule.move((), position, _news([0.0, 0.0]), (2,))
+            rule.move((), position, _news([0.0, 0.0]), [0, 0])
 
     def test_particle_swarm_exchanges_and_agrees_on_the_best(self):
         rule = rules.ParticleSwarm()

@@ -1,5 +1,6 @@
 """Variables as one flat vector, and back."""
 
+import numpy as np
 import tensorflow as tf
 
 
@@ -23,6 +24,14 @@ class Packing:
         self._variables = list(
             zip(*(strategy.experimental_local_results(v.value) for v in variables))
         )
+
+    def tensor_ids(self):
+        """Returns the number of the variable that each element belongs to, [size].
+
+        It has the smallest type that holds all numbers.
+        """
+        numbers = np.arange(len(self.sizes), dtype=np.min_scalar_type(len(self.sizes)))
+        return tf.constant(np.repeat(numbers, self.sizes))
 
     def pack(self, replica):
         """Returns the replica's variables as one vector, [size]."""

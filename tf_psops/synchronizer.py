@@ -72,8 +72,9 @@ class Synchronizer:
         self._left_apart = pack(*([] if average_non_trainable else state))
         self._state = pack(*(state if average_non_trainable else []))
         self._rule_state, self._vector, self._agreed_state = self._make_state(strategy)
-        self._trial = tf.function(self._rule_trial, jit_compile=True)
-        self._move = tf.function(self._rule_move, jit_compile=True)
+        self._tensor_ids = self._on_devices(lambda _: self._weights.tensor_ids())
+        self._trial = _compiled(self._rule_trial)
+        self._move = _compiled(self._rule_move)
         self._apart = False
         self._sent = None
         self.num_sick = 0
@@ -385,7 +386,9 @@ class Synchronizer:
                 lambda: tf.identity(positions[replica]),
                 lambda: self._heal(replica, vectors[replica]),
             )
-            state, position = self._move(states[replica], position, news[replica])
+            state, position = self._move(
+                states[replica], position, news[replica], self._tensor_ids[replica]
+            )
             _assign(self._rule_state[replica], state)
             self._weights.unpack(replica, position)
             self._ledger.close(replica)
@@ -442,7 +445,13 @@ class Synchronizer:
         def score(number, scores):
             self._on_devices(
                 lambda replica: self._weights.unpack(
-                    replica, self._trial(number, states[replica], news[replica])
+                    replica,
+                    self._trial(
+                        number,
+                        states[replica],
+                        news[replica],
+                        self._tensor_ids[replica],
+                    ),
                 )
             )
             losses = self._strategy.experimental_local_results(self._strategy.run(loss))
@@ -507,11 +516,12 @@ class Synchronizer:
 
         self._on_devices(take)
 
-    def _rule_trial(self, number, state, news):
-        return self._rule.trial(number, state, news, self._weights.sizes)
+    def _rule_trial(self, number, state, news, tensor_ids):
+        return self._rule.trial(number, state, news, tf.cast(tensor_ids, tf.int32))
 
-    def _rule_move(self, state, position, news):
-        state, moved = self._rule.move(state, position, news, self._weights.sizes)
+    def _rule_move(self, state, position, news, tensor_ids):
+        tensor_ids = tf.cast(tensor_ids, tf.int32)
+        state, moved = self._rule.move(state, position, news, tensor_ids)
         if moved.shape != position.shape:
             raise ValueError(
                 f"{type(self._rule).__name__}.move must return a position of the "
@@ -526,6 +536,37 @@ class Synchronizer:
             with tf.device(device):
                 results.append(function(replica))
         return results
+
+
+def _compiled(function):
+    """Returns a function of nests of tensors as XLA compiles it.
+
+    What it only hands on, or gives twice, is left to TensorFlow: XLA would copy it.
+    """
+    places = None
+
+    @tf.function(jit_compile=True, autograph=False)
+    def compute(args):
+        nonlocal places
+        tensors = tf.nest.flatten(args)
+        num_given = len(tensors)
+
+        def place(result):
+            for number, tensor in enumerate(tensors):
+                if tensor is result:
+                    return number
+            tensors.append(result)
+            return len(tensors) - 1
+
+        places = tf.nest.map_structure(place, function(*args))
+        return tensors[num_given:]
+
+    def call(*args):
+        computed = compute(args)
+        tensors = [*tf.nest.flatten(args), *computed]
+        return tf.nest.map_structure(tensors.__getitem__, places)
+
+    return call
 
 
 def _sick(fitness, distances):

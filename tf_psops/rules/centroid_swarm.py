@@ -85,14 +85,14 @@ class CentroidSwarm(Rule):
             best=tf.identity(position),
         )
 
-    def trial(self, number, state, news, sizes):
+    def trial(self, number, state, news, tensor_ids):
         """Returns the position of a trial particle; see `Rule.trial`."""
-        del sizes
+        del tensor_ids
         # Not by a slice: XLA would compile the rule anew for each number.
         inertia = tf.gather(tf.constant(self.inertia, news.vector.dtype), number)
         return news.vector + inertia * state.velocity
 
-    def move(self, state, position, news, sizes):
+    def move(self, state, position, news, tensor_ids):
         """Returns the state and position to go on from; see `Rule.move`."""
         del position
         best = tf.argmin(news.scores, output_type=tf.int32)
@@ -101,11 +101,11 @@ class CentroidSwarm(Rule):
         numbers = tf.range(self.num_trials)
         chosen = tf.reduce_max(tf.where(acceptable, numbers, 0))
         chosen = tf.where(tf.math.is_finite(news.scores[0]), chosen, best)
-        moved = self.trial(chosen, state, news, sizes)
+        moved = self.trial(chosen, state, news, tensor_ids)
         state = CentroidSwarmState(
             position=moved,
             velocity=moved - state.position,
-            best=self.trial(best, state, news, sizes),
+            best=self.trial(best, state, news, tensor_ids),
         )
         return state, moved
 

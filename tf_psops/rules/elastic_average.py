@@ -54,9 +54,9 @@ class ElasticAverage(Rule):
         """Returns the state whose centre is where all particles start."""
         return ElasticAverageState(tf.identity(position))
 
-    def move(self, state, position, news, sizes):
+    def move(self, state, position, news, tensor_ids):
         """Returns the moved centre and position; see `Rule.move`."""
-        del sizes
+        del tensor_ids
         alpha = self.beta / tf.cast(tf.size(news.fitness), position.dtype)
         moved = position - alpha * (position - state.center)
         center = state.center + self.beta * (news.vector - state.center)

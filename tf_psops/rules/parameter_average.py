@@ -20,7 +20,7 @@ class ParameterAverage(Rule):
 
     exchange = "mean"
 
-    def move(self, state, position, news, sizes):
+    def move(self, state, position, news, tensor_ids):
         """Returns the mean position; see `Rule.move`."""
-        del position, sizes
+        del position, tensor_ids
         return state, news.vector

@@ -113,20 +113,14 @@ class ParticleSwarm(Rule):
         key = _random.key(self.seed, news.sync, news.particle)
         return _random.uniform([2, num_tensors], key)
 
-    def move(self, state, position, news, sizes):
+    def move(self, state, position, news, tensor_ids):
         """Returns the state and position after one PSO step; see `Rule.move`."""
         factors = tf.cast(news.factors, position.dtype)
         velocity = (
             self.inertia * state.velocity
-            + _spread(self.cognitive * factors[0], sizes)
+            + tf.gather(self.cognitive * factors[0], tensor_ids)
             * (state.best_position - position)
-            + _spread(self.social * factors[1], sizes) * (news.vector - position)
+            + tf.gather(self.social * factors[1], tensor_ids) * (news.vector - position)
         )
         moved = news.vector if self.take == "global_best" else position + velocity
         return state._replace(velocity=velocity), moved
-
-
-def _spread(factors, sizes):
-    """Returns a vector, [P], with each tensor's factor at all its elements."""
-    parts = [tf.fill([size], factors[i]) for i, size in enumerate(sizes)]
-    return tf.concat(parts, axis=0)

@@ -71,7 +71,7 @@ class Rule:
 
         exchange = "mean"
 
-        def move(self, state, position, news, sizes):
+        def move(self, state, position, news, tensor_ids):
             return state, 0.5 * (position + news.vector)
 
     model.fit(dataset, callbacks=[tf_psops.PSOSync(10, HalfWay())])
@@ -117,7 +117,7 @@ class Rule:
         del news, num_tensors
         return None
 
-    def trial(self, number, state, news: News, sizes) -> tf.Tensor:
+    def trial(self, number, state, news: News, tensor_ids) -> tf.Tensor:
         """Returns a trial position, [P], to be scored by the whole swarm.
 
         It must be the same on every particle. Trials cost no traffic but their
@@ -127,19 +127,20 @@ class Rule:
             number: Scalar int32, from 0 to `num_trials` - 1.
             state: The particle's state, as `offer` left it.
             news: What the particle knows before the trials are scored.
-            sizes: See `move`.
+            tensor_ids: See `move`.
         """
         raise NotImplementedError
 
-    def move(self, state, position, news: News, sizes) -> tuple[Any, tf.Tensor]:
+    def move(self, state, position, news: News, tensor_ids) -> tuple[Any, tf.Tensor]:
         """Returns a particle's new state and its new position, [P].
 
         Args:
             state: The particle's state, as `offer` left it.
             position: [P], where local training has led the particle.
             news: What the particle learns.
-            sizes: Tuple of ints that add up to P: the number of elements of each
-                weight tensor in the position, in order.
+            tensor_ids: [P], int32, the number of the weight tensor that each element
+                of the position belongs to, from 0, for `tf.gather` to give a number
+                of each tensor to all of its elements.
         """
         raise NotImplementedError
 

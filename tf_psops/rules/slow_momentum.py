@@ -54,9 +54,9 @@ class SlowMomentum(Rule):
         """Returns the state of a swarm at rest."""
         return SlowMomentumState(tf.identity(position), tf.zeros_like(position))
 
-    def move(self, state, position, news, sizes):
+    def move(self, state, position, news, tensor_ids):
         """Returns the moved state and position; see `Rule.move`."""
-        del position, sizes
+        del position, tensor_ids
         velocity = self.inertia * state.velocity + (news.vector - state.position)
         moved = state.position + velocity
         return SlowMomentumState(moved, velocity), moved
