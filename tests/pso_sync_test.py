@@ -1,5 +1,8 @@
 """Tests of `tf_psops.PSOSync` with particles in one process."""
 
+import time
+from unittest import mock
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -7,6 +10,7 @@ from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
+from tf_psops import synchronizer
 
 _ROWS = 2  # Of one particle in one step.
 
@@ -129,6 +133,56 @@ class IntervalTest(tf.test.TestCase, parameterized.TestCase):
         _fit(other, _data(5, 3), sync)
         self.assertEqual(sync.num_syncs, 3)
         self.assertLen(sync.fitness, 3)
+
+
+class RehearsalTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm)
+    def test_no_sync_waits_for_a_compiler(self, rule):
+        rule = rule()
+        functions = ("offer", "factors", "trial", "move", "agreed")
+        for name in functions:
+            setattr(rule, name, mock.Mock(wraps=getattr(rule, name)))
+
+        def traces():
+            return sum(getattr(rule, name).call_count for name in functions)
+
+        sync = tf_psops.PSOSync(2, rule)
+        seen = []
+
+        class Watch(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                self.model.evaluate(_data(1), verbose=0)
+                seen.append((time.perf_counter(), traces(), sync.sync_seconds))
+
+        _, model = _swarm()
+        start = time.perf_counter()
+        _fit(model, _data(7), sync, Watch())
+        _fit(model, _data(3), sync, Watch())
+        ends, traced, seconds = zip(*seen)
+        self.assertGreater(traced[0], 0)
+        self.assertEqual((set(traced), traces()), ({traced[0]}, traced[0]))
+        # Tracing and compiling takes seconds, a synchronisation milliseconds.
+        self.assertLess(seconds[1], (ends[0] - start) / 10)
+
+    @parameterized.parameters(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm)
+    def test_leaves_nothing_behind(self, rule):
+        def fit():
+            _, model = _swarm(
+                3,
+                make=lambda: _dense(layers.BatchNormalization()),
+                optimizer=keras.optimizers.Adam,
+            )
+            sync = tf_psops.PSOSync(2, rule(), optimizer_slots="average")
+            after = _Probe(lambda model: (_weights(model), sync.fitness))
+            history = _fit(model, _data(5, 3), sync, after)
+            return *zip(*after.seen[1:]), history["loss"], model.get_weights()
+
+        rehearse = mock.Mock()
+        with mock.patch.object(synchronizer.Synchronizer, "rehearse", rehearse):
+            without = fit()
+        rehearse.assert_called_once()
+        for got, expected in zip(tf.nest.flatten(fit()), tf.nest.flatten(without)):
+            self.assertAllEqual(got, expected)
 
 
 class FitnessTest(tf.test.TestCase):

@@ -14,6 +14,9 @@ class Ledger:
         strategy: A `SwarmStrategy`.
         model: The compiled `keras.Model` that was made in its scope.
         keep_batch: Whether to keep each replica's latest batch as well.
+
+    Attributes:
+        variables: A nest of all `tf.Variable`s that `close` changes.
     """
 
     def __init__(self, strategy, model, keep_batch):
@@ -28,6 +31,7 @@ class Ledger:
             strategy.experimental_local_results(variable.value)
             for variable in (self._tracker.total, self._tracker.count)
         ]
+        self.variables = self._local, self._keras_sums
         strategy.observe(model, self._observer)
 
     def _observer(self, train_step):

@@ -15,13 +15,14 @@ class Packing:
     Attributes:
         sizes: The number of elements of each variable, in order.
         size: Their sum.
+        variables: The `tf.Variable`s of each local replica.
     """
 
     def __init__(self, strategy, variables, dtype):
         self._dtype = dtype
         self.sizes = tuple(int(tf.size(v.value)) for v in variables)
         self.size = sum(self.sizes)
-        self._variables = list(
+        self.variables = list(
             zip(*(strategy.experimental_local_results(v.value) for v in variables))
         )
 
@@ -40,7 +41,7 @@ class Packing:
         return tf.concat(
             [
                 tf.cast(tf.reshape(variable, [-1]), self._dtype)
-                for variable in self._variables[replica]
+                for variable in self.variables[replica]
             ],
             axis=0,
         )
@@ -50,6 +51,6 @@ class Packing:
         if not self.size:
             return
         for variable, part in zip(
-            self._variables[replica], tf.split(vector, self.sizes)
+            self.variables[replica], tf.split(vector, self.sizes)
         ):
             variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))

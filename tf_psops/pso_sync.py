@@ -154,6 +154,7 @@ class PSOSync(keras.callbacks.Callback):
         self.fitness = None
         self._synchronizer = None
         self._synchronized = None
+        self._rehearsed = False
         self._steps = 0
         self._epoch = 0
         self._steps_in_epoch = 0
@@ -208,6 +209,7 @@ class PSOSync(keras.callbacks.Callback):
                 average_slots=self.optimizer_slots == "average",
                 payload_dtype=self.payload_dtype,
             )
+            self._rehearsed = False
             self.model.make_train_function(force=True)
             one_model.speak_for_swarm(self.model, self._synchronizer)
         self._synchronizer.begin()
@@ -233,6 +235,9 @@ class PSOSync(keras.callbacks.Callback):
             # The last execution of an epoch may hold fewer steps than `batch` says.
             self._steps = self._synchronizer.local_steps()
         self._steps_in_epoch = batch + 1
+        if self._steps > self._synced_steps and not self._rehearsed:
+            self._rehearsed = True
+            self._synchronizer.rehearse(take_mean=self._takes_mean())
         due = self._synced_steps + self.sync_every
         if self._steps > due:
             raise ValueError(
@@ -246,14 +251,17 @@ class PSOSync(keras.callbacks.Callback):
             self._synchronize()
 
     def on_train_end(self, logs=None):
-        # Keras has put the moving averages in place of the weights by now.
-        optimizer = self.model.optimizer
-        averaged = getattr(optimizer, "inner_optimizer", optimizer).use_ema
+        averaged = self._takes_mean()
         if self._steps > self._synced_steps and not averaged:
             self._synchronize()
         if self._resumption:
             self._resumption.end(None if averaged else self._place())
         self._synchronizer.close(take_mean=averaged)
+
+    def _takes_mean(self):
+        # Keras puts the moving averages in place of the weights before training ends.
+        optimizer = self.model.optimizer
+        return getattr(optimizer, "inner_optimizer", optimizer).use_ema
 
     def _place(self):
         """Returns where training is, right after a synchronisation."""

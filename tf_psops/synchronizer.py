@@ -179,6 +179,33 @@ class Synchronizer:
         self.num_syncs = 0
         self.bytes_moved = 0
 
+    def rehearse(self, take_mean):
+        """Synchronises and closes once, and takes it back: all is then compiled.
+
+        All workers must take part. It must come after the first local step, which the
+        trial positions of a rule are scored on.
+
+        Args:
+            take_mean: See `close`.
+        """
+        variables = tf.nest.flatten(
+            [
+                *(self._rule_state, self._vector, self._agreed_state),
+                *(self._start.variables, self._averaged.variables),
+                self._ledger.variables,
+            ]
+        )
+        values = [variable.read_value() for variable in variables]
+        table, *brought = self._report()
+        healthy = tf.zeros([table.shape[0]], table.dtype)
+        self._exchange(
+            *brought, healthy, tf.constant(0), tf.constant(True), tf.constant(0)
+        )
+        self._take_back(self._show_agreed())
+        self._close(take_mean)
+        for variable, value in zip(variables, values):
+            variable.assign(value)
+
     def rest(self):
         """Makes what the particles have now, all the same, what was agreed on.
 
