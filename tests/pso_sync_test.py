@@ -487,7 +487,7 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
                 return state, position[1:]
 
         _, model = _swarm()
-        with self.assertRaisesRegex(ValueError, r"Short.move.*\(15,\).*\(14,\)"):
+        with self.assertRaisesRegex(ValueError, r"Short.*`move`.*\(15,\).*\(14,\)"):
             _fit(model, _data(2), tf_psops.PSOSync(1, Short()))
 
     def test_rule_with_unknown_exchange(self):

@@ -64,7 +64,15 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
       ValueError: If `TF_CONFIG` does not describe a cluster of workers in which this
         process has a place.
     """
-    text = environ.get("TF_CONFIG", "").strip()
+    if not isinstance(environ, Mapping):
+        raise ValueError(
+            "`environ` must be a mapping of environment variables. Received: "
+            f"{environ!r}. Pass os.environ, or {{\"TF_CONFIG\": text}}."
+        )
+    text = environ.get("TF_CONFIG", "")
+    if not isinstance(text, str):
+        raise _error("is not text", text, "Write it with `json.dumps`.")
+    text = text.strip()
     if not text:
         return None
     try:

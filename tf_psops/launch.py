@@ -42,6 +42,7 @@ import contextlib
 import io
 import json
 import math
+import numbers
 import os
 import selectors
 import signal
@@ -168,22 +169,34 @@ def launch(
       ValueError: If `command` is empty or one string, or a number is out of its range.
       OSError: If `output` cannot be written to. The workers have been ended.
     """
-    if isinstance(command, str) or not command:
+    if (
+        not isinstance(command, (list, tuple))
+        or not command
+        or not all(isinstance(part, (str, os.PathLike)) for part in command)
+    ):
         raise ValueError(
             f"`command` must be a non-empty list of strings. Received: {command!r}. "
             'Pass the program and each argument apart, such as ["python", "train.py"].'
         )
     if min_workers is None:
         min_workers = num_workers
-    _check(num_workers >= 1, "at least 1", num_workers=num_workers)
-    _check(stall_timeout >= 0, "at least 0 (no limit)", stall_timeout=stall_timeout)
-    _check(max_restarts >= 0, "at least 0 (no restart)", max_restarts=max_restarts)
+    whole, real = numbers.Integral, numbers.Real
+    _check(whole, 1, "at least 1", num_workers=num_workers)
+    _check(real, 0, "at least 0", grace_seconds=grace_seconds)
+    _check(real, 0, "at least 0 (no limit)", stall_timeout=stall_timeout)
+    _check(whole, 0, "at least 0 (no restart)", max_restarts=max_restarts)
     _check(
-        1 <= min_workers <= num_workers,
+        whole,
+        1,
         f"from 1 to num_workers={num_workers}",
+        num_workers,
         min_workers=min_workers,
     )
     output = sys.stdout if output is None else output
+    if not hasattr(output, "write"):
+        raise ValueError(
+            f"`output` must be a text stream. Received: {output!r}. Pass an open file."
+        )
     reasons: list[str] = []
     lost_index = None
     heartbeats = tempfile.mkdtemp(prefix="tf_psops-")
@@ -476,12 +489,19 @@ def _explain(index: int, returncode: int) -> tuple[int, str]:
     return returncode, f"worker {index} failed with exit code {returncode}"
 
 
-def _check(good: bool, expected: str, **argument: float) -> None:
-    if not good:
-        [(name, value)] = argument.items()
+def _check(
+    kind: type, lowest: int, expected: str, highest: float = math.inf, **argument: float
+) -> None:
+    [(name, value)] = argument.items()
+    if (
+        not isinstance(value, kind)
+        or isinstance(value, bool)
+        or not lowest <= value <= highest
+    ):
+        number = "whole number" if kind is numbers.Integral else "number"
         raise ValueError(
-            f"`{name}` must be {expected}. Received: {value}. Pass a number in this "
-            "range."
+            f"`{name}` must be {expected}. Received: {value!r}. Pass a {number} in "
+            "this range."
         )
 
 

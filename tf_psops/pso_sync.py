@@ -117,16 +117,10 @@ class PSOSync(keras.callbacks.Callback):
         _checks.check(
             good, "a whole number of local steps, at least 1", sync_every=sync_every
         )
-        _checks.check(
-            isinstance(rule, rules.Rule),
-            "a `tf_psops.Rule`, such as tf_psops.CentroidSwarm()",
-            rule=rule,
-        )
-        good = rule.exchange in ("best", "mean")
-        _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
+        rules.check_rule(rule)
         policies = {"non_trainable": non_trainable, "optimizer_slots": optimizer_slots}
         for name, policy in policies.items():
-            good = policy in ("average", "local")
+            good = isinstance(policy, str) and policy in ("average", "local")
             _checks.check(good, "'average' or 'local'", **{name: policy})
         _checks.check(
             payload_dtype in (None, "float32", "float16", "bfloat16"),

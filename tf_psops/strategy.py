@@ -66,6 +66,8 @@ class SwarmStrategy(tf.distribute.Strategy):
             "a number of seconds above 0",
             startup_timeout=startup_timeout,
         )
+        good = isinstance(share_gradients, bool)
+        _checks.check(good, "True or False", share_gradients=share_gradients)
         if cluster_resolver is None:
             worker = cluster.read_tf_config()
             if worker is not None and not worker.is_chief:
@@ -74,6 +76,19 @@ class SwarmStrategy(tf.distribute.Strategy):
             cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
         if communication_options is None:
             communication_options = tf.distribute.experimental.CommunicationOptions()
+        _checks.check(
+            isinstance(
+                cluster_resolver, tf.distribute.cluster_resolver.ClusterResolver
+            ),
+            "a `tf.distribute.cluster_resolver.ClusterResolver`, or None for TF_CONFIG",
+            cluster_resolver=cluster_resolver,
+        )
+        _checks.check(
+            # Its class makes objects of another one.
+            hasattr(communication_options, "timeout_seconds"),
+            "a `tf.distribute.experimental.CommunicationOptions`",
+            communication_options=communication_options,
+        )
         self._observers = weakref.WeakKeyDictionary()
         try:
             extended = _private_api.SwarmExtended(
@@ -93,6 +108,7 @@ class SwarmStrategy(tf.distribute.Strategy):
                 f"`startup_timeout`. TensorFlow said: {error}"
             ) from error
         super().__init__(extended)
+        _check_existence(devices)
         self.communication_options = communication_options
 
     @classmethod
@@ -201,6 +217,8 @@ def _check_devices(devices):
         specs = [tf.DeviceSpec.from_string(device) for device in devices]
     except (TypeError, ValueError, AttributeError):
         specs = []
+    if not isinstance(devices, (list, tuple)):
+        specs = []
     kinds = {spec.device_type for spec in specs}
     indices = {spec.device_index for spec in specs}
     _checks.check(
@@ -208,3 +226,18 @@ def _check_devices(devices):
         "a list of different local devices of one type, such as ['GPU:0', 'GPU:1']",
         devices=devices,
     )
+
+
+def _check_existence(devices):
+    """Raises an error if a device is not there, once TensorFlow knows its own."""
+    there = [
+        f"{device.device_type}:{tf.DeviceSpec.from_string(device.name).device_index}"
+        for device in tf.config.list_logical_devices()
+    ]
+    for device in devices or ():
+        spec = tf.DeviceSpec.from_string(device)
+        _checks.check(
+            f"{spec.device_type}:{spec.device_index}" in there,
+            f"devices out of {there}, all that this process has",
+            devices=devices,
+        )

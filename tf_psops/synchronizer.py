@@ -221,8 +221,9 @@ class Synchronizer:
             take_mean: Whether that is the mean of the positions as they are now, for
                 weights that are moving averages, and not what the rule agreed on.
         """
-        self._close(take_mean)
+        finite = self._close(take_mean)
         self._apart = False
+        self._check_finite(finite, "agreed")
         if take_mean:
             self.num_syncs += 1
             self.bytes_moved += self._weights.size * self._dtype.size
@@ -276,13 +277,14 @@ class Synchronizer:
         fitness = np.where(sick, np.inf, fitness)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
-        self._exchange(
+        finite = self._exchange(
             *brought,
             tf.constant(fitness),
             tf.constant(root),
             tf.constant(news != self._sent),
             tf.constant(self.num_syncs),
         )
+        self._check_finite(finite, "move")
         scalars = (table.shape[1] + self._rule.num_trials) * self.num_particles
         self.bytes_moved += scalars * table.dtype.size
         self.bytes_moved += self._averaged.size * self._dtype.size
@@ -292,6 +294,18 @@ class Synchronizer:
         self.num_syncs += 1
         return fitness
 
+    def _check_finite(self, finite, function):
+        """Raises an error if what the rule made of finite positions is not finite."""
+        sick = self._collectives.first_particle + np.flatnonzero(~np.array(finite))
+        if sick.size:
+            raise FloatingPointError(
+                f"The rule {type(self._rule).__name__} gave particles {sick.tolist()} "
+                "a position that is not finite, at synchronisation "
+                f"{self.num_syncs}, from `{function}`. Expected finite weights. Look "
+                "for a division by zero, a root or a logarithm in the rule, or take a "
+                "rule of tf_psops."
+            )
+
     def _make_state(self, strategy):
         """Returns what the local replicas remember of the last synchronisation.
 
@@ -299,10 +313,11 @@ class Synchronizer:
         that was averaged.
         """
         position = tf.zeros([self._weights.size], self._dtype)
+        state = self._rule.init(position)
+        rule_lib.check_state(self._rule, state)
         with strategy.scope():
             state = tf.nest.map_structure(
-                lambda value: tf.Variable(tf.zeros_like(value), trainable=False),
-                self._rule.init(position),
+                lambda value: tf.Variable(tf.zeros_like(value), trainable=False), state
             )
             vector = tf.Variable(position, trainable=False)
             averaged = tf.zeros([self._state.size], self._dtype)
@@ -358,9 +373,12 @@ class Synchronizer:
             distance = tf.norm(position - self._vector[replica])
             sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
-            state, offer = self._rule.offer(
-                self._rule_state[replica], position, fitness
+            before = self._rule_state[replica]
+            returned = self._rule.offer(before, position, fitness)
+            rule_lib.check_returned(
+                self._rule, "offer", returned, (before, rule_lib.Offer(position, loss))
             )
+            state, offer = returned
             score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
             row = [tf.cast(value, tf.float64) for value in (fitness, score)]
             row += [self._ledger.steps(replica), tf.cast(distance, tf.float64)]
@@ -371,7 +389,10 @@ class Synchronizer:
 
     @tf.function(autograph=False)
     def _exchange(self, positions, offers, states, fitness, root, is_news, sync):
-        """Lets one vector travel and moves the local particles by it."""
+        """Lets one vector travel and moves the local particles by it.
+
+        Returns whether each of them is at a finite position.
+        """
         healthy = tf.math.is_finite(fitness)
         mine = healthy[self._collectives.first_particle :]
         # What a sick particle remembers is from before it was sick.
@@ -419,8 +440,9 @@ class Synchronizer:
             _assign(self._rule_state[replica], state)
             self._weights.unpack(replica, position)
             self._ledger.close(replica)
+            return _is_finite(position)
 
-        self._on_devices(move)
+        return self._on_devices(move)
 
     def _travel(self, offers, extras, healthy, root, is_news):
         """Returns the vector that travels and the averaged state, on each device."""
@@ -498,7 +520,10 @@ class Synchronizer:
         return tf.reduce_mean(table, axis=0)
 
     def _agreed_position(self, replica):
-        return self._rule.agreed(self._rule_state[replica], self._vector[replica])
+        vector = self._vector[replica].read_value()
+        position = self._rule.agreed(self._rule_state[replica], vector)
+        rule_lib.check_returned(self._rule, "agreed", position, vector)
+        return position
 
     @tf.function(autograph=False)
     def _show_agreed(self):
@@ -540,22 +565,21 @@ class Synchronizer:
         def take(replica):
             self._weights.unpack(replica, positions[replica])
             self._left_apart.unpack(replica, states[replica])
+            return _is_finite(positions[replica])
 
-        self._on_devices(take)
+        return self._on_devices(take)
 
     def _rule_trial(self, number, state, news, tensor_ids):
-        return self._rule.trial(number, state, news, tf.cast(tensor_ids, tf.int32))
+        tensor_ids = tf.cast(tensor_ids, tf.int32)
+        position = self._rule.trial(number, state, news, tensor_ids)
+        rule_lib.check_returned(self._rule, "trial", position, news.vector)
+        return position
 
     def _rule_move(self, state, position, news, tensor_ids):
         tensor_ids = tf.cast(tensor_ids, tf.int32)
-        state, moved = self._rule.move(state, position, news, tensor_ids)
-        if moved.shape != position.shape:
-            raise ValueError(
-                f"{type(self._rule).__name__}.move must return a position of the "
-                f"shape of the one it was given, {position.shape}. Received a tensor "
-                f"of shape {moved.shape}."
-            )
-        return state, moved
+        returned = self._rule.move(state, position, news, tensor_ids)
+        rule_lib.check_returned(self._rule, "move", returned, (state, position))
+        return returned
 
     def _on_devices(self, function):
         results = []
@@ -614,6 +638,11 @@ def _fresh(slot):
     """Returns the number that a slot holds before training, 0 after it has begun."""
     values = slot.numpy().ravel()
     return float(values[0]) if values.size and (values == values[0]).all() else 0.0
+
+
+def _is_finite(vector):
+    # By a sum, which reads the vector once and keeps no copy.
+    return tf.math.is_finite(tf.reduce_sum(vector))
 
 
 def _assign(variables, values):

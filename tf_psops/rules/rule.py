@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 
 import tensorflow as tf
 
+from tf_psops import _checks
+
 
 class Offer(NamedTuple):
     """What one particle brings to a synchronisation.
@@ -167,3 +169,74 @@ class Rule:
         """
         del position
         return state
+
+def check_rule(rule):
+    """Raises a `ValueError` unless a swarm can be moved by a rule.
+
+    Args:
+        rule: What the user gave.
+    """
+    _checks.check(
+        isinstance(rule, Rule),
+        "a `tf_psops.Rule`, such as tf_psops.CentroidSwarm()",
+        rule=rule,
+    )
+    good = isinstance(rule.exchange, str) and rule.exchange in ("best", "mean")
+    _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
+    good = _checks.is_whole(rule.num_trials) and rule.num_trials >= 0
+    _checks.check(
+        good, "a whole number of at least 0", **{"rule.num_trials": rule.num_trials}
+    )
+    for name in ("move", "trial") if rule.num_trials else ("move",):
+        if getattr(type(rule), name) is getattr(Rule, name):
+            raise ValueError(
+                f"Invalid value for argument `rule`. Expected a rule with the function "
+                f"`{name}`. Received: {rule!r}, which has none. Define "
+                f"{type(rule).__name__}.{name}; see `tf_psops.Rule.{name}`."
+            )
+
+
+def check_state(rule, state):
+    """Raises a `ValueError` unless what a rule's `init` returned is a state."""
+    if not all(map(tf.is_tensor, tf.nest.flatten(state))):
+        raise ValueError(
+            f"The rule {type(rule).__name__} cannot move the swarm by what its `init` "
+            f"returned. Expected: a `NamedTuple` of tensors. Received: "
+            f"{_describe(state)}. See `tf_psops.Rule.init`."
+        )
+
+
+def check_returned(rule, function, returned, expected):
+    """Raises a `ValueError` unless a function of a rule returned what it has to.
+
+    Args:
+        rule: A `Rule`.
+        function: The name of its function.
+        returned: What that returned.
+        expected: Tensors of the same nesting, shapes and types.
+    """
+    try:
+        tf.nest.assert_same_structure(returned, expected)
+        good = all(
+            one.shape == other.shape and one.dtype == other.dtype
+            for one, other in zip(tf.nest.flatten(returned), tf.nest.flatten(expected))
+        )
+    except (TypeError, ValueError, AttributeError):
+        good = False
+    if not good:
+        raise ValueError(
+            f"The rule {type(rule).__name__} cannot move the swarm by what its "
+            f"`{function}` returned. Expected: {_describe(expected)}. Received: "
+            f"{_describe(returned)}. See `tf_psops.Rule.{function}`."
+        )
+
+
+def _describe(value):
+    """Returns a nest with the type and shape of each tensor in its place."""
+
+    def describe(part):
+        if not tf.is_tensor(part):
+            return part
+        return f"{part.dtype.name} {part.shape}"
+
+    return tf.nest.map_structure(describe, value)
