@@ -17,6 +17,7 @@ Private names used, and why no public one serves:
 """
 
 import functools
+import inspect
 import itertools
 
 import keras
@@ -222,6 +223,20 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     @property
     def worker_index(self):
         return self._id_in_cluster
+
+
+def calling_list(callback):
+    """Returns the `keras.callbacks.CallbackList` that calls a callback, or `None`.
+
+    A callback is not told of the others of its `fit`. The list that calls it is the
+    `self` of a frame of the stack.
+    """
+    frame = inspect.currentframe()
+    while frame := frame.f_back:
+        caller = frame.f_locals.get("self")
+        if isinstance(caller, keras.callbacks.CallbackList):
+            return caller if callback in caller.callbacks else None
+    return None
 
 
 def updated_state(model):

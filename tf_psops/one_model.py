@@ -14,6 +14,7 @@ import tensorflow as tf
 
 _ASKED = ("evaluate", "get_weights")
 _SAVED = ("save", "save_weights", "export")
+_MET = ("evaluate", "get_metrics_result")
 _SET = ("set_weights", "load_weights")
 
 
@@ -30,15 +31,19 @@ def speak_for_swarm(model, synchronizer):
         synchronizer: Its `Synchronizer`.
     """
     strategy = model.distribute_strategy
-    for name in (*_ASKED, *_SAVED, *_SET, "predict"):
+    for name in (*_ASKED, *_SAVED, *_SET, "predict", "get_metrics_result"):
         method = getattr(type(model), name).__get__(model)
         if name == "predict" and strategy.num_workers > 1:
             method = _on_all_rows(method, strategy)
         if name in _SAVED:
             method = _by_chief(method, is_chief=strategy.worker_index == 0)
-        wrap = _then_rest if name in _SET else _as_agreed
+        if name != "get_metrics_result":
+            wrap = _then_rest if name in _SET else _as_agreed
+            method = wrap(method, synchronizer)
+        if name in _MET:
+            method = _when_all_are_there(method, synchronizer)
         # Past Keras, which tracks what a model is given.
-        object.__setattr__(model, name, wrap(method, synchronizer))
+        object.__setattr__(model, name, method)
 
 
 def _as_agreed(method, synchronizer):
@@ -48,6 +53,21 @@ def _as_agreed(method, synchronizer):
             return method(*args, **kwargs)
 
     return ask
+
+
+def _when_all_are_there(method, synchronizer):
+    """Makes sure that all workers are there before Keras sums metrics over them.
+
+    Else it would wait, at the end of an epoch, for those whose data set is longer.
+    """
+
+    @functools.wraps(method)
+    def meet(*args, **kwargs):
+        if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
+            synchronizer.meet()
+        return method(*args, **kwargs)
+
+    return meet
 
 
 def _then_rest(method, synchronizer):

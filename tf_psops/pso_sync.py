@@ -8,7 +8,16 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, heartbeat, one_model, resumption, rules, synchronizer
+from tf_psops import (
+    _checks,
+    _private_api,
+    agreement,
+    heartbeat,
+    one_model,
+    resumption,
+    rules,
+    synchronizer,
+)
 from tf_psops import strategy as strategy_lib
 
 
@@ -149,6 +158,7 @@ class PSOSync(keras.callbacks.Callback):
         self._synchronizer = None
         self._synchronized = None
         self._rehearsed = False
+        self._history = None  # That of the `fit` that goes on.
         self._steps = 0
         self._epoch = 0
         self._steps_in_epoch = 0
@@ -180,6 +190,7 @@ class PSOSync(keras.callbacks.Callback):
                 "tf_psops.SwarmStrategy()` (or SwarmStrategy.in_process(4)), and make "
                 "and compile the model inside `with strategy.scope():`."
             )
+        self._check_other_callbacks()
 
     def on_train_begin(self, logs=None):
         every, per_execution = self.sync_every, self.model.steps_per_execution
@@ -190,10 +201,14 @@ class PSOSync(keras.callbacks.Callback):
                 f"synchronisation after {every} steps cannot be hit. Choose "
                 "`sync_every` as a multiple of `steps_per_execution`."
             )
-        self._check_optimizer()
+        self._check_scope()
+        self._check_compilation()
         # A later `fit` of the same compiled model goes on with what was traced.
         compiled = (self.model, self.model.optimizer, self.model.metrics[0])
-        if self._synchronized != compiled:
+        is_new = self._synchronized != compiled
+        settings = {**self._settings(), "first fit of this PSOSync": is_new}
+        agreement.check_same(self.model.distribute_strategy, settings)
+        if is_new:
             self._synchronized = compiled
             self._synchronizer = synchronizer.Synchronizer(
                 self.model.distribute_strategy,
@@ -207,6 +222,7 @@ class PSOSync(keras.callbacks.Callback):
             self.model.make_train_function(force=True)
             one_model.speak_for_swarm(self.model, self._synchronizer)
         self._synchronizer.begin()
+        self._history = self.model.history
         self.sync_seconds = 0.0
         self._steps = self._synced_steps = 0
         if self._resumption:
@@ -221,6 +237,12 @@ class PSOSync(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         heartbeat.beat()
+        if self._history is not self.model.history:
+            raise RuntimeError(
+                "PSOSync was called for a training that it had not begun. Received: "
+                f"{self!r}, which another `fit` has taken over. Make a PSOSync of its "
+                "own for each model that is trained at the same time."
+            )
         if self._resumption and self._resumption.skipping:
             return
         if self.model.steps_per_execution == 1:
@@ -251,6 +273,7 @@ class PSOSync(keras.callbacks.Callback):
         if self._resumption:
             self._resumption.end(None if averaged else self._place())
         self._synchronizer.close(take_mean=averaged)
+        self._history = None
 
     def _takes_mean(self):
         # Keras puts the moving averages in place of the weights before training ends.
@@ -286,13 +309,82 @@ class PSOSync(keras.callbacks.Callback):
             self._resumption.note_sync(self._place())
         self.sync_seconds += time.perf_counter() - start
 
-    def _check_optimizer(self):
-        # `optimizer.iterations` is no variable where gradients accumulate.
-        variable = self.model.optimizer.variables[0]
-        if not isinstance(variable.value, tf.distribute.DistributedValues):
+    def _settings(self):
+        """Returns what has to be the same on all workers."""
+        model, optimizer = self.model, self.model.optimizer
+        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+        payload = self.payload_dtype and tf.as_dtype(self.payload_dtype).name
+        return {
+            "model": [(v.name, tuple(v.shape), v.dtype) for v in model.weights],
+            "optimizer": (
+                type(optimizer).__name__,
+                [(tuple(v.shape), v.dtype) for v in optimizer.variables],
+            ),
+            "sync_every": self.sync_every,
+            "rule": rules.describe(self.rule),
+            "non_trainable": self.non_trainable,
+            "optimizer_slots": self.optimizer_slots,
+            "payload_dtype": payload,
+            "backups": self._resumption and self._resumption.settings,
+            "epochs": (self.params or {}).get("epochs"),
+            "local particles": len(model.distribute_strategy.extended.worker_devices),
+        }
+
+    def _check_other_callbacks(self):
+        callback_list = _private_api.calling_list(self)
+        callbacks = callback_list.callbacks if callback_list else [self]
+        num_syncs = sum(isinstance(callback, PSOSync) for callback in callbacks)
+        if num_syncs > 1:
             raise ValueError(
-                "PSOSync needs an optimizer made in the scope of the SwarmStrategy. "
-                f"Received: {type(self.model.optimizer).__name__}, made outside of it. "
-                "Make the optimizer, and compile the model, inside `with "
-                "strategy.scope():`."
+                f"One `fit` cannot have more than one PSOSync. Received: {num_syncs} "
+                "in `callbacks`. Keep one of them."
             )
+        for callback in callbacks:
+            if isinstance(callback, keras.callbacks.BackupAndRestore):
+                raise ValueError(
+                    "Keras' BackupAndRestore keeps one particle, not the swarm. "
+                    f"Received: {callback!r} in `callbacks`. Leave it out, and use "
+                    "`PSOSync(backup_dir=...)`."
+                )
+        if self.model.distribute_strategy.worker_index:
+            # All workers log the same numbers. Two must not write the same file.
+            kept = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
+            callbacks = [c for c in callbacks if not isinstance(c, kept)]
+            callback_list.callbacks = callbacks
+
+    def _check_scope(self):
+        model, optimizer = self.model, self.model.optimizer
+        if optimizer is None:
+            raise ValueError(
+                "PSOSync needs a model with an optimizer. Received: optimizer=None. "
+                "Compile the model with one, inside `with strategy.scope():`."
+            )
+        # `optimizer.iterations` is no variable where gradients accumulate.
+        made = {
+            "a model": model.trainable_variables,
+            "an optimizer": optimizer.variables[:1],
+            "a loss": model.metrics[0].variables,
+        }
+        names = {"a model": model.name, "an optimizer": type(optimizer).__name__}
+        for what, variables in made.items():
+            for variable in variables:
+                owner = getattr(variable.value, "distribute_strategy", None)
+                if owner is not model.distribute_strategy:
+                    where = "outside of it" if owner is None else f"under {owner!r}"
+                    raise ValueError(
+                        f"PSOSync needs {what} made in the scope of the SwarmStrategy. "
+                        f"Received: {names.get(what, variable.path)}, made {where}. "
+                        "Make the model and the optimizer, and compile the model, "
+                        "inside `with strategy.scope():` of one strategy."
+                    )
+
+    def _check_compilation(self):
+        particles = len(self.model.distribute_strategy.extended.worker_devices)
+        if not self.model.jit_compile or particles == 1 and not self.rule.num_trials:
+            return
+        raise ValueError(
+            "XLA cannot compile the training of several particles in one process, or "
+            "of a rule with trial positions. Received: jit_compile=True with "
+            f"{particles} local particles and rule={type(self.rule).__name__}. "
+            "Compile the model with jit_compile=False."
+        )

@@ -28,6 +28,11 @@ class Resumption:
         self._feed = None
 
     @property
+    def settings(self):
+        """Returns what has to be the same on all workers."""
+        return self._backup_every, self._elastic
+
+    @property
     def skipping(self):
         """Tells whether training is not yet back where the backup was taken."""
         return self._feed.skipping

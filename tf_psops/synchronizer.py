@@ -259,13 +259,7 @@ class Synchronizer:
         """
         table, *brought = self._report()
         fitness, scores, steps, distances = table.numpy().T
-        if steps.min() != steps.max():
-            raise RuntimeError(
-                f"The particles met for synchronisation {self.num_syncs} after "
-                f"different numbers of local steps: {steps.astype(int).tolist()}, in "
-                "the order of the particles. Expected the same number. Give every "
-                "worker a dataset of as many batches, and the same `sync_every`."
-            )
+        self._check_steps(steps)
         if not np.isfinite(fitness).any():
             raise FloatingPointError(
                 "No particle has a finite training loss and finite weights at "
@@ -293,6 +287,28 @@ class Synchronizer:
         self._sent = news
         self.num_syncs += 1
         return fitness
+
+    def meet(self):
+        """Makes sure that, in training, all workers end an epoch or evaluate at once.
+
+        Raises:
+            RuntimeError: If another one is at a synchronisation or at another step.
+        """
+        if self._apart and self._strategy.num_workers > 1:
+            self._check_steps(self._meet().numpy()[:, 2])
+
+    def _check_steps(self, steps):
+        if steps.min() != steps.max():
+            met = [
+                f"{int(step)}{' (end of epoch, or evaluation)' if step % 1 else ''}"
+                for step in steps
+            ]
+            raise RuntimeError(
+                f"The particles met for synchronisation {self.num_syncs} after "
+                f"different numbers of local steps: [{', '.join(met)}], in the order "
+                "of the particles. Expected the same number. Give every worker a "
+                "dataset of as many batches, and call `evaluate` on all workers."
+            )
 
     def _check_finite(self, finite, function):
         """Raises an error if what the rule made of finite positions is not finite."""
@@ -386,6 +402,15 @@ class Synchronizer:
 
         rows, *brought = zip(*self._on_devices(report))
         return self._collectives.gather(rows, _REPORT), *brought
+
+    @tf.function(autograph=False)
+    def _meet(self):
+        """Returns a table as of `_report`, with half a step more."""
+
+        def report(replica):
+            return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0])
+
+        return self._collectives.gather(self._on_devices(report), _REPORT)
 
     @tf.function(autograph=False)
     def _exchange(self, positions, offers, states, fitness, root, is_news, sync):

@@ -196,6 +196,17 @@ def check_rule(rule):
             )
 
 
+def describe(rule):
+    """Returns the name of a rule's class and its constants, as text."""
+    constants = {
+        name: value
+        for name, value in sorted(vars(rule).items())
+        # Others may show where they are in memory, which differs between workers.
+        if isinstance(value, (bool, int, float, str, tuple))
+    }
+    return f"{type(rule).__name__}({constants})"
+
+
 def check_state(rule, state):
     """Raises a `ValueError` unless what a rule's `init` returned is a state."""
     if not all(map(tf.is_tensor, tf.nest.flatten(state))):
