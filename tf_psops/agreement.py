@@ -38,8 +38,8 @@ def check_same(strategy, settings):
             raise ValueError(
                 f"The workers of a swarm must train with the same settings, but {name} "
                 f"differs: workers {others} have another one than worker 0. Received "
-                f"on worker {strategy.worker_index}: {name}={repr(value):.500}. Run the "
-                "same program with the same arguments on all workers."
+                f"on worker {strategy.worker_index}: {name}={repr(value):.500}. Run "
+                "the same program with the same arguments on all workers."
             )
 
 
