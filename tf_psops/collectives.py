@@ -99,7 +99,10 @@ class Collectives:
             if payload:  # The sum must not be too large for it, either.
                 limit = 0.99 * float(payload.max) / self._num_workers
                 share = tf.clip_by_value(share, -limit, limit)
-            mean = self._in_buckets(share, self._all_reduce, call, payload)
+            # In one piece: the ring has its own, and pieces would wait for each other.
+            mean = self._in_buckets(
+                share, self._all_reduce, call, payload, share.shape[0]
+            )
         return self._to_devices(mean)
 
     def broadcast(self, vectors, root, call, payload=None):
@@ -144,15 +147,15 @@ class Collectives:
                 copies.append(tf.identity(vector))
         return copies
 
-    def _in_buckets(self, vector, transfer, call, payload):
-        """Applies `transfer(piece, key)` to pieces of about 4 MB.
+    def _in_buckets(self, vector, transfer, call, payload, size=None):
+        """Applies `transfer(piece, key)` to pieces of `size`, or of about 4 MB.
 
         A swarm in one process rounds as one over several workers does.
         """
         payload = payload or vector.dtype
         if self._num_workers == 1:
             return tf.cast(tf.saturate_cast(vector, payload), vector.dtype)
-        size = max(1, _BUCKET_BYTES // payload.size)
+        size = size or _BUCKET_BYTES // payload.size
         first_key = call * _KEYS_PER_CALL
         pieces = [
             tf.cast(
@@ -173,6 +176,7 @@ class Collectives:
             ordering_token=[],
             merge_op="Add",
             final_op="Id",
+            max_subdivs_per_device=0,
             **self._group,
         )
 
