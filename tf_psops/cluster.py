@@ -67,7 +67,7 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     if not isinstance(environ, Mapping):
         raise ValueError(
             "`environ` must be a mapping of environment variables. Received: "
-            f"{environ!r}. Pass os.environ, or {{\"TF_CONFIG\": text}}."
+            f'{environ!r}. Pass os.environ, or {{"TF_CONFIG": text}}.'
         )
     text = environ.get("TF_CONFIG", "")
     if not isinstance(text, str):

@@ -108,15 +108,21 @@ def _by_chief(save, is_chief):
             return
         # One name for all attempts: the next one clears away what a kill has left.
         unfinished = path.parent / f".{path.name}.unfinished"
-        shutil.rmtree(unfinished, ignore_errors=True)
-        unfinished.mkdir(parents=True)
         try:
+            shutil.rmtree(unfinished, ignore_errors=True)
+            unfinished.mkdir(parents=True)
             save(unfinished / path.name, *args, **kwargs)
             for written in unfinished.iterdir():
                 if (path.parent / written.name).is_dir():
                     # A folder cannot be replaced in one step.
                     shutil.rmtree(path.parent / written.name)
                 os.replace(written, path.parent / written.name)
+        except OSError as error:
+            raise OSError(
+                error.errno,
+                f"Cannot save the model to {str(filepath)!r}: {error.strerror or error}"
+                ". Choose a path that can be written to, on a disk that is not full",
+            ) from error
         finally:
             shutil.rmtree(unfinished, ignore_errors=True)
 

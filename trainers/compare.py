@@ -33,7 +33,7 @@ import tqdm
 from absl import app, flags, logging
 
 from trainers import common_flags, comparison, datasets, report
-from trainers.files import write_text
+from trainers.files import make_folder, write_text
 
 _METHODS = flags.DEFINE_string(
     "methods",
@@ -206,7 +206,7 @@ def main(argv):
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
     output_dir = pathlib.Path(common_flags.OUTPUT_DIR.value or "runs/compare")
-    output_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(output_dir)
     arguments = {flag.name: flag.value for flag in _FLAGS}
     write_text(output_dir / "flags.json", json.dumps(arguments, indent=2) + os.linesep)
 

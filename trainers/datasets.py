@@ -41,19 +41,19 @@ def load(name: str, data_dir: str | os.PathLike | None = None) -> ImageData:
 
     "digits" comes with scikit-learn: 1437 training and 360 test images, 8x8x1, a
     fixed stratified split. "mnist" (28x28x1) and "cifar10" (32x32x3) are read with
-    TensorFlow Datasets, which downloads them only if `data_dir` lacks them.
+    TensorFlow Datasets, which downloads them into its own folder if that lacks them.
 
     Args:
         name: One of `NAMES`.
-        data_dir: Folder of TensorFlow Datasets; unused by "digits". Defaults to
-            `~/tensorflow_datasets`.
+        data_dir: Folder of TensorFlow Datasets that holds the data; unused by
+            "digits". Defaults to `~/tensorflow_datasets`.
 
     Returns:
         The whole data set as `ImageData`.
 
     Raises:
         ValueError: If `name` is unknown.
-        OSError: If the data are neither in `data_dir` nor can be downloaded.
+        OSError: If the data are not in `data_dir`, or cannot be downloaded.
 
     Example:
 
@@ -87,6 +87,12 @@ def _load_tfds(name, data_dir):
     import tensorflow_datasets as tfds
 
     builder = tfds.builder(name, data_dir=data_dir)
+    if data_dir and not os.path.exists(builder.data_path):
+        raise OSError(
+            f"Data set {name!r} is not in {builder.data_path}. Received: data_dir="
+            f"{os.fspath(data_dir)!r}. Pass the folder in which TensorFlow Datasets "
+            "has prepared it, or leave `data_dir` out to download it."
+        )
     try:
         builder.download_and_prepare()  # Returns at once if the data are there.
     except OSError as error:

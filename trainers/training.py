@@ -11,7 +11,7 @@ import keras
 
 import tf_psops
 from trainers import datasets, evaluation, models
-from trainers.files import write_text
+from trainers.files import make_folder, write_text, written
 from trainers.rules import RULES
 
 
@@ -97,12 +97,16 @@ def train(
     print(result.test_accuracy)
     ```
     """
+    if rule not in RULES:
+        raise ValueError(
+            f"Unknown `rule`. Received: {rule!r}. Expected: {list(RULES)}."
+        )
     keras.utils.set_random_seed(seed)
     strategy = _make_strategy(particles)
     chief = strategy.worker_index == 0
     output = pathlib.Path(output_dir) if output_dir and chief else None
     if output:
-        output.mkdir(parents=True, exist_ok=True)
+        make_folder(output)
         write_text(output / "result.json", "{}\n")
 
     data = datasets.load(dataset, data_dir)
