@@ -36,9 +36,9 @@ def check_same(strategy, settings):
         if (column != column[0]).any():
             others = np.flatnonzero(column != column[0]).tolist()
             raise ValueError(
-                f"The workers of a swarm must train with the same settings, but {name} "
+                f"The workers of a swarm must have the same settings, but {name} "
                 f"differs: workers {others} have another one than worker 0. Received "
-                f"on worker {strategy.worker_index}: {name}={repr(value):.500}. Run "
+                f"on worker {strategy.worker_index}: {name}={repr(value)[:500]}. Run "
                 "the same program with the same arguments on all workers."
             )
 

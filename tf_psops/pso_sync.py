@@ -40,7 +40,13 @@ class PSOSync(keras.callbacks.Callback):
     `evaluate` must be called on all workers.
 
     All workers must use it with the same arguments, and must train for the same
-    number of steps.
+    number of steps. What differs is an error on all of them. Where one worker does not
+    take part at all, the others wait until the time-out of the strategy's
+    `communication_options`.
+
+    Keras' `CSVLogger` and `TensorBoard` beside it write on the chief alone, because the
+    logs are the same everywhere. `BackupAndRestore`, which keeps one particle and not
+    the swarm, is refused.
 
     Args:
         sync_every: The synchronisation interval in local steps (mini-batches), at
@@ -90,13 +96,17 @@ class PSOSync(keras.callbacks.Callback):
 
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
-            model was not made in the scope of a `SwarmStrategy`; and during
-            training, if a synchronisation does not fall on the end of an execution
-            of `steps_per_execution` steps. Also if a backup is damaged, or of another
-            model or number of particles.
+            model or its optimizer was not made in the scope of a `SwarmStrategy`, if
+            XLA is to compile what it cannot, if another callback does not fit, or if
+            the workers have different models or arguments, or a backup is damaged or of
+            another swarm; and during training, if a
+            synchronisation does not fall on the end of an execution of
+            `steps_per_execution` steps, or the rule returns what it must not.
+        FloatingPointError: During training, if no particle is in good health, or the
+            rule gives one a position that is not finite.
         OSError: If a backup cannot be written.
-        FloatingPointError: During training, if no particle is in good health.
-        RuntimeError: During training, if the workers are not at the same step.
+        RuntimeError: During training, if the workers are not at the same step, or
+            another `fit` has taken the callback over.
 
     Example:
 
@@ -316,6 +326,7 @@ class PSOSync(keras.callbacks.Callback):
         payload = self.payload_dtype and tf.as_dtype(self.payload_dtype).name
         return {
             "model": [(v.name, tuple(v.shape), v.dtype) for v in model.weights],
+            "number of trainable weights": len(model.trainable_weights),
             "optimizer": (
                 type(optimizer).__name__,
                 [(tuple(v.shape), v.dtype) for v in optimizer.variables],

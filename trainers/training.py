@@ -11,7 +11,7 @@ import keras
 
 import tf_psops
 from trainers import datasets, evaluation, models
-from trainers.files import make_folder, write_text, written
+from trainers.files import make_folder, write_text
 from trainers.rules import RULES
 
 

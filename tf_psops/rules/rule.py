@@ -170,6 +170,7 @@ class Rule:
         del position
         return state
 
+
 def check_rule(rule):
     """Raises a `ValueError` unless a swarm can be moved by a rule.
 
