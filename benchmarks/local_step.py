@@ -19,13 +19,11 @@ import tensorflow as tf
 from absl import app, flags
 
 import tf_psops
+from benchmarks import common_flags
 from trainers import models
 
 _MODEL = flags.DEFINE_enum("model", "lenet", models.NAMES, "Network.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 9, "Timed runs of each side, after one to warm up.", lower_bound=1
-)
 
 _BATCH_SIZE = 32
 _IMAGE_SHAPE = (28, 28, 1)
@@ -105,7 +103,7 @@ def main(argv):
     """Prints the medians and the ratios."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
-    seconds = measure(_MODEL.value, _STEPS.value, _REPEATS.value)
+    seconds = measure(_MODEL.value, _STEPS.value, common_flags.REPEATS.value)
     for name, values in seconds.items():
         print(
             f"{name:6} {1e3 * statistics.median(values):8.3f} ms a step "

@@ -43,6 +43,8 @@ from typing import NamedTuple
 
 from absl import app, flags, logging
 
+from benchmarks import common_flags
+
 
 # Imported by the workers only, so that each loads TensorFlow or PyTorch, not both.
 def _make_swarm_sides(*args):
@@ -91,9 +93,6 @@ _PARAMS = flags.DEFINE_list(
 )
 _WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
 _SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
-_REPEATS = flags.DEFINE_integer(
-    "repeats", 9, "Timed rounds of each side, after two to warm up.", lower_bound=1
-)
 _OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the medians.")
 
 
@@ -372,7 +371,9 @@ def main(argv):
         return
     records = []
     for params, workers in itertools.product(_PARAMS.value, _WORKERS.value):
-        measured = measure(_count(params), int(workers), sides, _REPEATS.value)
+        measured = measure(
+            _count(params), int(workers), sides, common_flags.REPEATS.value
+        )
         print(table(measured), flush=True)
         records += measured
         if _OUTPUT_JSON.value:

@@ -73,8 +73,8 @@ class Synchronizer:
         self._state = pack(*(state if average_non_trainable else []))
         self._rule_state, self._vector, self._agreed_state = self._make_state(strategy)
         self._tensor_ids = self._on_devices(lambda _: self._weights.tensor_ids())
-        self._trial = _compiled(self._rule_trial)
-        self._move = _compiled(self._rule_move)
+        self._trial = compiled(self._rule_trial)
+        self._move = compiled(self._rule_move)
         self._apart = False
         self._sent = None
         self.num_sick = 0
@@ -166,7 +166,7 @@ class Synchronizer:
 
     def local_steps(self):
         """Returns the local steps of this worker's first particle, an int."""
-        return int(self._ledger.steps(0))
+        return self._ledger.num_steps()
 
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
@@ -614,7 +614,7 @@ class Synchronizer:
         return results
 
 
-def _compiled(function):
+def compiled(function):
     """Returns a function of nests of tensors as XLA compiles it.
 
     What it only hands on, or gives twice, is left to TensorFlow: XLA would copy it.

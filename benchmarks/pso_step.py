@@ -1,0 +1,122 @@
+r"""Measures the arithmetic of a particle swarm's move, against the least it can cost.
+
+```bash
+python -m benchmarks.pso_step --millions=25 --repeats=9
+```
+
+Both sides move one particle by the PSO step on flat vectors, in 60 tensors, and draw
+their random numbers. They take turns in one process:
+
+  * rule: `ParticleSwarm` as a synchronisation compiles it, with a random factor for
+    each tensor.
+  * flat: the formula as one XLA program, with one random factor for all elements.
+"""
+
+import statistics
+import time
+
+import numpy as np
+import tensorflow as tf
+from absl import app, flags
+
+import tf_psops
+from benchmarks import common_flags
+from tf_psops import synchronizer
+
+_MILLIONS = flags.DEFINE_integer(
+    "millions", 25, "Millions of parameters of the particle.", lower_bound=1
+)
+
+_NUM_TENSORS = 60
+_WARM_UP_RUNS = 2
+_GOAL = 1.2
+
+
+def _make_rule_side(state, position, best):
+    rule = tf_psops.ParticleSwarm()
+    size = position.shape[0] // _NUM_TENSORS
+    tensor_ids = tf.constant(np.repeat(np.arange(_NUM_TENSORS, dtype=np.uint8), size))
+
+    @synchronizer.compiled
+    def move(state, position, news, tensor_ids):
+        return rule.move(state, position, news, tf.cast(tensor_ids, tf.int32))
+
+    @tf.function(autograph=False)
+    def step(sync):
+        news = tf_psops.News(best, tf.zeros([1]), tf.constant(0), sync)
+        news = news._replace(factors=rule.factors(news, _NUM_TENSORS))
+        return move(state, position, news, tensor_ids)
+
+    return step
+
+
+def _make_flat_side(state, position, best):
+    rule = tf_psops.ParticleSwarm()
+
+    @tf.function(jit_compile=True, autograph=False)
+    def move(velocity, own, x, best, r1, r2):
+        velocity = (
+            rule.inertia * velocity
+            + rule.cognitive * r1 * (own - x)
+            + rule.social * r2 * (best - x)
+        )
+        return velocity, x + velocity
+
+    @tf.function(autograph=False)
+    def step(sync):
+        r1, r2 = tf.unstack(tf.random.stateless_uniform([2], [0, sync]))
+        return move(state.velocity, state.best_position, position, best, r1, r2)
+
+    return step
+
+
+def measure(params=25_000_000, repeats=9):
+    """Measures the seconds of a move of each side.
+
+    Args:
+        params: The number of parameters; what runs is the nearest below that 60
+            tensors of one size hold. Defaults to 25 million.
+        repeats: Timed moves of each side, alternating. Defaults to 9.
+
+    Returns:
+        A dict of "rule" and "flat" to a list of seconds, one for each repeat.
+    """
+    generator = tf.random.Generator.from_seed(0)
+    shape = [params // _NUM_TENSORS * _NUM_TENSORS]
+    velocity, own, position, best = (generator.normal(shape) for _ in range(4))
+    state = tf_psops.ParticleSwarm().init(position)
+    state = state._replace(velocity=velocity, best_position=own)
+    sides = {
+        "rule": _make_rule_side(state, position, best),
+        "flat": _make_flat_side(state, position, best),
+    }
+    seconds = {name: [] for name in sides}
+    for number in range(_WARM_UP_RUNS + repeats):
+        for name, step in sides.items():
+            start = time.perf_counter()
+            moved = step(tf.constant(number))
+            moved[-1][:1].numpy()
+            seconds[name].append(time.perf_counter() - start)
+            del moved
+    return {name: values[_WARM_UP_RUNS:] for name, values in seconds.items()}
+
+
+def main(argv):
+    """Prints the medians and the ratio."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
+    seconds = measure(_MILLIONS.value * 10**6, common_flags.REPEATS.value)
+    for name, values in seconds.items():
+        print(
+            f"{name:6} {1e3 * statistics.median(values):8.2f} ms "
+            f"(from {1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
+        )
+    ratios = [a / b for a, b in zip(seconds["rule"], seconds["flat"])]
+    print(
+        f"rule / flat: median {statistics.median(ratios):.3f} "
+        f"(from {min(ratios):.3f} to {max(ratios):.3f}), goal {_GOAL}"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
