@@ -6,10 +6,12 @@ import pathlib
 import signal
 import tempfile
 import time
+from unittest import mock
 
 import clusters
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
@@ -210,6 +212,40 @@ class _SlowSteps(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         self._path.write_text(f"{batch + 1}")
         time.sleep(0.02)
+
+
+class _Growth(keras.callbacks.Callback):
+    """Notes the bytes in memory, and how often a rule was traced, after each step."""
+
+    def __init__(self, rule):
+        super().__init__()
+        rule.factors = self._factors = mock.Mock(wraps=rule.factors)
+        self.resident = []
+        self.traces = []
+
+    def on_train_batch_end(self, batch, logs=None):
+        pages = int(pathlib.Path("/proc/self/statm").read_text().split()[1])
+        self.resident.append(pages * os.sysconf("SC_PAGE_SIZE"))
+        self.traces.append(self._factors.call_count)
+
+
+def _train_long(rule, warm_up, syncs):
+    model = _model(tf_psops.SwarmStrategy())
+    rule = rule()
+    growth = _Growth(rule)
+    data = _data(4).batch(4).repeat(warm_up + syncs)
+    model.fit(data, callbacks=[tf_psops.PSOSync(1, rule), growth], verbose=0)
+    return growth.resident[-1] / growth.resident[warm_up], growth.traces
+
+
+class LongTrainingTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm)
+    @pytest.mark.slow
+    def test_a_thousand_syncs_neither_retrace_nor_take_memory(self, rule):
+        results = clusters.run(_train_long, 2, rule, 200, 1000, timeout=280)
+        for growth, traces in results:
+            self.assertEqual(set(traces), {1})
+            self.assertLess(growth, 1.01)
 
 
 def _train_slowly(folder, every, steps):
