@@ -310,18 +310,15 @@ class MissingWorkerTest(tf.test.TestCase, parameterized.TestCase):
         self.assertBetween(seconds, 3, 30)
 
 
-def _train_on_unequal_data(timeout_seconds):
-    strategy = tf_psops.SwarmStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            timeout_seconds=timeout_seconds
-        )
-    )
+def _train_on_unequal_data(timeout):
+    strategy = tf_psops.SwarmStrategy(timeout=timeout)
     model = _model(strategy)
     data = strategy.distribute_datasets_from_function(
         lambda context: _data(2).batch(2).repeat(8 - 3 * context.input_pipeline_id)
     )
     try:
-        model.fit(data, callbacks=[tf_psops.PSOSync(2)], verbose=0)
+        sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
+        model.fit(data, callbacks=[sync], verbose=0)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "no error"
@@ -329,8 +326,11 @@ def _train_on_unequal_data(timeout_seconds):
 
 class UnequalDataTest(tf.test.TestCase):
     def test_different_numbers_of_steps_end_in_an_error(self):
-        for error in clusters.run(_train_on_unequal_data, 2, 10, timeout=120):
-            self.assertRegex(error, "DeadlineExceeded|RuntimeError.*numbers of local")
+        errors = clusters.run(_train_on_unequal_data, 2, 10, timeout=120)
+        late = "waited for timeout=10 seconds for .*(synchronisation 2|metric of the)"
+        for error in errors:
+            self.assertRegex(error, f"(TimeoutError|RuntimeError): .*{late}")
+        self.assertIn("TimeoutError", "".join(errors))
 
 
 if __name__ == "__main__":

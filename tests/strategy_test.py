@@ -323,12 +323,12 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
         ):
             tf_psops.SwarmStrategy(devices=devices)
 
-    @parameterized.parameters(0, -1, float("nan"))
-    def test_bad_startup_timeout(self, value):
-        with self.assertRaisesRegex(
-            ValueError, f"`startup_timeout`.*above 0.*startup_timeout={value}"
-        ):
-            tf_psops.SwarmStrategy(startup_timeout=value)
+    @parameterized.product(
+        name=("startup_timeout", "timeout"), value=(0, -1, float("nan"))
+    )
+    def test_bad_timeout(self, name, value):
+        with self.assertRaisesRegex(ValueError, f"`{name}`.*above 0.*{name}={value}"):
+            tf_psops.SwarmStrategy(**{name: value})
 
     @parameterized.parameters(0, -2, 2.0, True, "2")
     def test_bad_num_particles(self, value):

@@ -12,6 +12,8 @@ Private names used, and why no public one serves:
     calls; the public one refuses the options that a single CPU is fastest with.
   * `context.context().configure_coordination_service` is the only place where
     the time-out for a peer that never starts can be set.
+  * `context.context().report_error_to_cluster` and `abort_collective_ops` alone end
+    collectives that wait; `check_collective_ops_peer_health` tells which of them can.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
     batches to several local devices. See `_without_tuning`.
 """
@@ -99,9 +101,10 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         cluster = multi_worker_util.normalize_cluster_spec(
             cluster_resolver.cluster_spec()
         )
+        self._leader = multi_worker_util.coordination_leader(cluster)
         context.context().configure_coordination_service(
             service_type="standalone",
-            service_leader=multi_worker_util.coordination_leader(cluster),
+            service_leader=self._leader,
             cluster_register_timeout_in_ms=int(self._startup_timeout * 1000),
             coordinated_jobs=[
                 coordination_config_pb2.CoordinatedJob(
@@ -128,7 +131,24 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if synchronization is not tf.VariableSynchronization.ON_READ:
             kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
             kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        return super()._create_variable(next_creator, **kwargs)
+        with self._container_strategy().meeting("the chief's value of a new variable"):
+            return super()._create_variable(next_creator, **kwargs)
+
+    def _reduce_to(self, reduce_op, value, destinations, options):
+        with self._container_strategy().meeting("a metric of the whole swarm"):
+            return super()._reduce_to(reduce_op, value, destinations, options)
+
+    def end_collectives(self, message):
+        """Ends the collectives of all workers, now and later, with an error."""
+        try:
+            # The report would wait for a leader that hangs, with all of Python.
+            context.context().check_collective_ops_peer_health(
+                self._leader, timeout_in_ms=5000
+            )
+            context.context().report_error_to_cluster(tf.errors.ABORTED, message)
+        except tf.errors.OpError:
+            # Some other error was first, or only this worker's can be ended.
+            context.context().abort_collective_ops(tf.errors.ABORTED, message)
 
     # Gradients: what one replica reduces reaches only that replica.
 

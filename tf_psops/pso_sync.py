@@ -16,9 +16,13 @@ from tf_psops import (
     one_model,
     resumption,
     rules,
+    stopping,
     synchronizer,
 )
 from tf_psops import strategy as strategy_lib
+
+# What a worker wishes for the whole swarm, the strongest last.
+_GO_ON, _STOP, _GO_AWAY = range(3)
 
 
 class PSOSync(keras.callbacks.Callback):
@@ -40,9 +44,13 @@ class PSOSync(keras.callbacks.Callback):
     `evaluate` must be called on all workers.
 
     All workers must use it with the same arguments, and must train for the same
-    number of steps. What differs is an error on all of them. Where one worker does not
-    take part at all, the others wait until the time-out of the strategy's
-    `communication_options`.
+    number of steps. What differs is an error on all of them. They stop together: over
+    several workers, `model.stop_training`, set by a callback on any of them wherever it
+    stands in the list, takes effect on all at the next synchronisation or end of an
+    epoch. (Only a `History` of your own must be the last callback.) An exception that
+    leaves `fit` on one worker ends training on all with an error that names it, and so
+    does a wait longer than the strategy's `timeout`; the workers must then be started
+    again.
 
     Keras' `CSVLogger` and `TensorBoard` beside it write on the chief alone, because the
     logs are the same everywhere. `BackupAndRestore`, which keeps one particle and not
@@ -72,9 +80,10 @@ class PSOSync(keras.callbacks.Callback):
             the same ones again; with `steps_per_epoch`, one that does not end
             (`repeat`) or lasts for all epochs. A training that has ended is not
             repeated: `fit` returns its result. Each `fit` of the callback has a
-            folder of its own inside, in the order of the calls. The workers may share
-            the folder, or each have one. What other callbacks remember starts anew.
-            Defaults to `None`: no backups.
+            folder of its own inside, in the order of the calls. SIGTERM to any worker
+            makes all take a backup at the next synchronisation and then exit with
+            code 143. The workers may share the folder, or each have one. What other
+            callbacks remember starts anew. Defaults to `None`: no backups.
         backup_every: How many synchronisations to let pass from one backup to the
             next, at least 1. Files are written in the background. Defaults to 10.
         elastic: Whether to go on from a backup of another number of particles, in a
@@ -97,16 +106,17 @@ class PSOSync(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
             model or its optimizer was not made in the scope of a `SwarmStrategy`, if
-            XLA is to compile what it cannot, if another callback does not fit, or if
-            the workers have different models or arguments, or a backup is damaged or of
-            another swarm; and during training, if a
-            synchronisation does not fall on the end of an execution of
-            `steps_per_execution` steps, or the rule returns what it must not.
+            XLA is to compile what it cannot, if another callback does not fit, if the
+            workers have different models or arguments, or if a backup is damaged or of
+            another swarm; and during training, if a synchronisation does not fall on
+            the end of an execution of `steps_per_execution` steps, or the rule returns
+            what it must not.
         FloatingPointError: During training, if no particle is in good health, or the
             rule gives one a position that is not finite.
         OSError: If a backup cannot be written.
-        RuntimeError: During training, if the workers are not at the same step, or
-            another `fit` has taken the callback over.
+        RuntimeError: During training, if the workers are not at the same step, if
+            another worker has failed, or if another `fit` has taken the callback over.
+        TimeoutError: During training, if a worker has not come in time.
 
     Example:
 
@@ -166,6 +176,7 @@ class PSOSync(keras.callbacks.Callback):
         self.sync_seconds = 0.0
         self.fitness = None
         self._synchronizer = None
+        self._stopping = None
         self._synchronized = None
         self._rehearsed = False
         self._history = None  # That of the `fit` that goes on.
@@ -217,7 +228,8 @@ class PSOSync(keras.callbacks.Callback):
         compiled = (self.model, self.model.optimizer, self.model.metrics[0])
         is_new = self._synchronized != compiled
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
-        agreement.check_same(self.model.distribute_strategy, settings)
+        with self._meeting("the start of training"):
+            agreement.check_same(self.model.distribute_strategy, settings)
         if is_new:
             self._synchronized = compiled
             self._synchronizer = synchronizer.Synchronizer(
@@ -231,12 +243,14 @@ class PSOSync(keras.callbacks.Callback):
             self._rehearsed = False
             self.model.make_train_function(force=True)
             one_model.speak_for_swarm(self.model, self._synchronizer)
-        self._synchronizer.begin()
+        with self._meeting("the start of training"):
+            self._synchronizer.begin()
+            if self._resumption:
+                self._resumption.begin(self.model, self._synchronizer, self._resume)
         self._history = self.model.history
+        self._stopping = stopping.Stopping(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
         self._steps = self._synced_steps = 0
-        if self._resumption:
-            self._resumption.begin(self.model, self._synchronizer, self._resume)
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -263,7 +277,8 @@ class PSOSync(keras.callbacks.Callback):
         self._steps_in_epoch = batch + 1
         if self._steps > self._synced_steps and not self._rehearsed:
             self._rehearsed = True
-            self._synchronizer.rehearse(take_mean=self._takes_mean())
+            with self._meeting("the first local step"):
+                self._synchronizer.rehearse(take_mean=self._takes_mean())
         due = self._synced_steps + self.sync_every
         if self._steps > due:
             raise ValueError(
@@ -282,7 +297,8 @@ class PSOSync(keras.callbacks.Callback):
             self._synchronize()
         if self._resumption:
             self._resumption.end(None if averaged else self._place())
-        self._synchronizer.close(take_mean=averaged)
+        with self._meeting("the end of training"):
+            self._synchronizer.close(take_mean=averaged)
         self._history = None
 
     def _takes_mean(self):
@@ -305,7 +321,11 @@ class PSOSync(keras.callbacks.Callback):
 
     def _synchronize(self):
         start = time.perf_counter()
-        self.fitness = self._synchronizer.synchronize()
+        with self._meeting(f"synchronisation {self.num_syncs}"):
+            self.fitness = self._synchronizer.synchronize(self._wish())
+        wish = self._synchronizer.wish
+        if wish != _GO_ON:
+            self._stopping.decide(True)
         sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
         if sick:
             logging.warning(
@@ -316,8 +336,16 @@ class PSOSync(keras.callbacks.Callback):
             )
         self._synced_steps = self._steps
         if self._resumption:
-            self._resumption.note_sync(self._place())
+            self._resumption.note_sync(self._place(), preempted=wish == _GO_AWAY)
         self.sync_seconds += time.perf_counter() - start
+
+    def _wish(self):
+        if self._resumption and self._resumption.preempted:
+            return _GO_AWAY
+        return _STOP if self._stopping.wanted else _GO_ON
+
+    def _meeting(self, name):
+        return self.model.distribute_strategy.meeting(name)
 
     def _settings(self):
         """Returns what has to be the same on all workers."""

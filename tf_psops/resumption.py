@@ -4,7 +4,7 @@ import pathlib
 
 from absl import logging
 
-from tf_psops import _private_api, backup, feed
+from tf_psops import _private_api, backup, feed, meeting, preemption
 
 
 class Resumption:
@@ -26,11 +26,17 @@ class Resumption:
         self._last = None
         self._backups = None
         self._feed = None
+        self._preemption = preemption.Preemption()
 
     @property
     def settings(self):
         """Returns what has to be the same on all workers."""
         return self._backup_every, self._elastic
+
+    @property
+    def preempted(self):
+        """Tells whether this worker has to go away."""
+        return self._preemption.is_coming
 
     @property
     def skipping(self):
@@ -51,6 +57,7 @@ class Resumption:
             RuntimeError: If that is so on another worker.
         """
         self._model, self._synchronizer = model, synchronizer
+        self._preemption.watch()
         self._backups = backup.Backups(
             self._folder / f"fit-{self._num_trainings}",
             synchronizer.local_particles,
@@ -89,14 +96,22 @@ class Resumption:
 
         self._feed.skip(header["drawn"], place["steps_in_epoch"], arrive)
 
-    def note_sync(self, place):
+    def note_sync(self, place, preempted):
         """Takes a backup if it is time for one.
 
         Args:
             place: Where training is, a dict.
+            preempted: Whether a worker has to go away.
+
+        Raises:
+            SystemExit: If `preempted`.
         """
-        if self._synchronizer.num_syncs % self._backup_every == 0:
+        if preempted or self._synchronizer.num_syncs % self._backup_every == 0:
             self._save(place, stopped=False)
+        if preempted:
+            self._backups.wait()
+            logging.warning("Leaving after SIGTERM; a backup is taken.")
+            raise meeting.known_to_all(SystemExit(preemption.EXIT_CODE))
 
     def end(self, place):
         """Ends the training.
@@ -108,6 +123,7 @@ class Resumption:
         if place and self._last != self._synchronizer.num_syncs:
             self._save(place, stopped=self._model.stop_training)
         self._backups.wait()
+        self._preemption.ignore()
         self._model.train_function = self._feed.train_function
         _private_api.begin_at_epoch(self._model, None)
         self._num_trainings += 1

@@ -5,7 +5,7 @@ import weakref
 import keras
 import tensorflow as tf
 
-from tf_psops import _checks, _private_api, cluster
+from tf_psops import _checks, _private_api, cluster, meeting
 
 
 class SwarmStrategy(tf.distribute.Strategy):
@@ -30,16 +30,24 @@ class SwarmStrategy(tf.distribute.Strategy):
             Defaults to one that reads `TF_CONFIG`; without `TF_CONFIG` the swarm
             lives in this process.
         communication_options: A `tf.distribute.experimental.CommunicationOptions`:
-            its implementation (ring, NCCL) and its time-out hold for all
-            collectives. Defaults to automatic, without a time-out.
+            its implementation (ring, NCCL) holds for all collectives. Defaults to
+            automatic.
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
+        timeout: Seconds to wait for the other workers wherever they meet after the
+            start: at a synchronisation, a metric of the whole swarm, a new variable.
+            It must be more than anything takes that one worker does alone, such as to
+            save a model. Inside a step with `share_gradients` only the time-out of
+            `communication_options` holds, for which TensorFlow keeps a thread for
+            each collective. Defaults to 1800.
         share_gradients: Whether the gradients are all-reduced at every step, for
             synchronous SGD, to compare with. The swarm then stays together without
             `PSOSync`. Defaults to `False`.
 
     Raises:
-        ValueError: If `TF_CONFIG`, `devices` or `startup_timeout` is not usable.
-        TimeoutError: If a worker has not started after `startup_timeout` seconds.
+        ValueError: If `TF_CONFIG`, `devices` or a time-out is not usable.
+        TimeoutError: If a worker has not started after `startup_timeout` seconds, or
+            later, if it has not come after `timeout` seconds.
+        RuntimeError: Later, if another worker has failed or is gone.
 
     Example:
 
@@ -59,13 +67,13 @@ class SwarmStrategy(tf.distribute.Strategy):
         communication_options=None,
         startup_timeout=300.0,
         share_gradients=False,
+        timeout=1800.0,
     ):
         _check_devices(devices)
-        _checks.check(
-            _checks.is_real(startup_timeout) and startup_timeout > 0,
-            "a number of seconds above 0",
-            startup_timeout=startup_timeout,
-        )
+        for name, value in ("startup_timeout", startup_timeout), ("timeout", timeout):
+            good = _checks.is_real(value) and value > 0
+            _checks.check(good, "a number of seconds above 0", **{name: value})
+        self.timeout = timeout
         good = isinstance(share_gradients, bool)
         _checks.check(good, "True or False", share_gradients=share_gradients)
         if cluster_resolver is None:
@@ -110,6 +118,8 @@ class SwarmStrategy(tf.distribute.Strategy):
         super().__init__(extended)
         _check_existence(devices)
         self.communication_options = communication_options
+        if self.num_workers > 1:
+            meeting.tell_of_failures()
 
     @classmethod
     def in_process(cls, num_particles, **kwargs):
@@ -165,6 +175,10 @@ class SwarmStrategy(tf.distribute.Strategy):
     def worker_index(self):
         """Returns this worker's place in the cluster; the chief has 0."""
         return self.extended.worker_index
+
+    def meeting(self, name):
+        """Bounds the wait for the other workers; see `meeting.meeting`."""
+        return meeting.meeting(self, name)
 
     def local_replica(self):
         """Returns the place among this worker's replicas of the one that is traced.

@@ -20,7 +20,7 @@ _FAR = 100.0
 class Synchronizer:
     """Moves the particles of a swarm by a rule.
 
-    All workers must take part in `begin`, `synchronize` and `close`.
+    All workers must take part in `begin`, `synchronize`, `any_worker` and `close`.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -77,6 +77,7 @@ class Synchronizer:
         self._move = compiled(self._rule_move)
         self._apart = False
         self._sent = None
+        self.wish = 0
         self.num_sick = 0
         self.num_syncs = 0
         self.bytes_moved = 0
@@ -196,7 +197,7 @@ class Synchronizer:
             ]
         )
         values = [variable.read_value() for variable in variables]
-        table, *brought = self._report()
+        table, *brought = self._report(tf.constant(0, tf.float64))
         healthy = tf.zeros([table.shape[0]], table.dtype)
         self._exchange(
             *brought, healthy, tf.constant(0), tf.constant(True), tf.constant(0)
@@ -247,8 +248,16 @@ class Synchronizer:
             self._take_back(own)
             self._apart = True
 
-    def synchronize(self):
+    def any_worker(self, flag):
+        """Returns whether any worker gave `True`, on all workers the same."""
+        return bool(self.tell([flag, 0, 0])[:, 0].any())
+
+    def synchronize(self, wish=0):
         """Moves all particles once.
+
+        Args:
+            wish: A number that this worker tells the others. The largest of all is then
+                in `wish`.
 
         Returns:
             The fitness of every particle, a NumPy array [W].
@@ -257,8 +266,9 @@ class Synchronizer:
             FloatingPointError: If no particle is in good health.
             RuntimeError: If the particles are not at the same step.
         """
-        table, *brought = self._report()
-        fitness, scores, steps, distances = table.numpy().T
+        table, *brought = self._report(tf.constant(wish, tf.float64))
+        fitness, scores, steps, distances, wishes = table.numpy().T
+        self.wish = int(wishes.max())
         self._check_steps(steps)
         if not np.isfinite(fitness).any():
             raise FloatingPointError(
@@ -375,11 +385,12 @@ class Synchronizer:
         self._agreed_state[replica].assign(self._state.pack(replica))
 
     @tf.function(autograph=False)
-    def _report(self):
+    def _report(self, wish):
         """Returns a table of all particles, and what the local ones bring.
 
-        The table, [W, 4], has their fitness, score, steps, and distance from the vector
-        that travelled last. Then come positions, offers, and the rule's new states.
+        The table, [W, 5], has their fitness, score, steps, distance from the vector
+        that travelled last, and what their worker wishes. Then come
+        positions, offers, and the rule's new states.
         """
 
         def report(replica):
@@ -398,6 +409,7 @@ class Synchronizer:
             score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
             row = [tf.cast(value, tf.float64) for value in (fitness, score)]
             row += [self._ledger.steps(replica), tf.cast(distance, tf.float64)]
+            row += [wish]
             return tf.stack(row), position, offer.vector, state
 
         rows, *brought = zip(*self._on_devices(report))
@@ -408,7 +420,7 @@ class Synchronizer:
         """Returns a table as of `_report`, with half a step more."""
 
         def report(replica):
-            return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0])
+            return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0, 0.0])
 
         return self._collectives.gather(self._on_devices(report), _REPORT)
 
