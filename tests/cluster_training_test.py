@@ -326,11 +326,8 @@ def _train_on_unequal_data(timeout):
 
 class UnequalDataTest(tf.test.TestCase):
     def test_different_numbers_of_steps_end_in_an_error(self):
-        errors = clusters.run(_train_on_unequal_data, 2, 10, timeout=120)
-        late = "waited for timeout=10 seconds for .*(synchronisation 2|metric of the)"
-        for error in errors:
-            self.assertRegex(error, f"(TimeoutError|RuntimeError): .*{late}")
-        self.assertIn("TimeoutError", "".join(errors))
+        for error in clusters.run(_train_on_unequal_data, 2, 10, timeout=120):
+            self.assertRegex(error, "RuntimeError.*numbers of local")
 
 
 if __name__ == "__main__":

@@ -84,7 +84,7 @@ class LoadTest(parameterized.TestCase, tf.test.TestCase):
             ),
             self.assertRaisesRegex(OSError, "'mnist' is not in .*Pass a `data_dir`"),
         ):
-            datasets.load("mnist", data_dir=self.get_temp_dir())
+            datasets.load("mnist")
 
     def test_unknown_name(self):
         with self.assertRaisesRegex(ValueError, "`name`.*'svhn'.*digits.*mnist"):
