@@ -19,7 +19,7 @@ command that keeps backups goes on from the last one:
 
 ```bash
 python -m tf_psops.launch --num_workers=4 --max_restarts=10 --min_workers=2 \
-    --stall_timeout=600 -- python -m trainers.train --dataset=digits
+    --stall_timeout=600 -- python -m trainers.train --backup_dir=backups --elastic
 ```
 
 `--min_workers` lets the run go on with fewer workers if one does not come back: if the

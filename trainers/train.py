@@ -29,6 +29,9 @@ _SEED = flags.DEFINE_integer(
 _BACKUP_DIR = flags.DEFINE_string(
     "backup_dir", None, "Folder for backups, to go on from after a loss. None if unset."
 )
+_ELASTIC = flags.DEFINE_bool(
+    "elastic", False, "Go on from a backup of another number of particles, too."
+)
 _FLAGS = (
     common_flags.DATASET,
     common_flags.DATA_DIR,
@@ -42,6 +45,7 @@ _FLAGS = (
     _SEED,
     common_flags.OUTPUT_DIR,
     _BACKUP_DIR,
+    _ELASTIC,
 )
 
 flags.register_validator(

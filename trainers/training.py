@@ -56,6 +56,7 @@ def train(
     seed=0,
     output_dir=None,
     backup_dir=None,
+    elastic=False,
 ):
     """Trains an image classifier with a swarm and evaluates it on the test set.
 
@@ -81,6 +82,8 @@ def train(
             TensorBoard's events; made if needed. Defaults to none: no files.
         backup_dir: Folder for backups, from which the same call goes on after it was
             cut short; see `tf_psops.PSOSync`. Defaults to none.
+        elastic: Whether a backup of another number of particles will do. Defaults to
+            `False`.
 
     Returns:
         A `Result`.
@@ -123,7 +126,9 @@ def train(
             metrics=["accuracy"],
         )
 
-    sync = tf_psops.PSOSync(sync_every, RULES[rule](), backup_dir=backup_dir)
+    sync = tf_psops.PSOSync(
+        sync_every, RULES[rule](), backup_dir=backup_dir, elastic=elastic
+    )
     particle_evaluation = evaluation.ParticleEvaluation(test)
     callbacks = [particle_evaluation, sync]
     if output:
