@@ -1,0 +1,95 @@
+r"""Measures what backups at their default frequency cost.
+
+```bash
+python -m benchmarks.backup --repeats=9
+```
+
+A swarm of two particles in this process trains with `PSOSync(10)`, in turns without
+and with `backup_dir`. The time is that of all steps after the first few, with all
+synchronisations, and with the end of training, which waits for the last backup.
+"""
+
+import statistics
+import tempfile
+import time
+
+import keras
+import tensorflow as tf
+from absl import app, flags
+
+import tf_psops
+from benchmarks import common_flags
+from trainers import models
+
+_MODEL = flags.DEFINE_enum("model", "lenet", models.NAMES, "Network.")
+_STEPS = flags.DEFINE_integer("steps", 500, "Steps in each timed run.", lower_bound=1)
+
+_GOAL = 1.05
+_PARTICLES = 2
+_BATCH_SIZE = 32
+_IMAGE_SHAPE = (28, 28, 1)
+_WARM_UP_STEPS = 10
+
+
+class _Timer(keras.callbacks.Callback):
+    """Takes the time from the end of the first few steps to the end of training."""
+
+    def on_train_batch_end(self, batch, logs=None):
+        if batch + 1 == _WARM_UP_STEPS:
+            self._start = time.perf_counter()
+
+    def on_train_end(self, logs=None):
+        self.seconds = time.perf_counter() - self._start
+
+
+def measure(model="lenet", steps=500, repeats=9):
+    """Measures the seconds of a training without and with backups.
+
+    Args:
+        model: One of `trainers.models.NAMES`. Defaults to "lenet".
+        steps: Steps in each timed run. Defaults to 500.
+        repeats: Timed runs of each side, alternating. Defaults to 9.
+
+    Returns:
+        A dict of "without" and "with" to a list of seconds, one for each repeat.
+    """
+    strategy = tf_psops.SwarmStrategy.in_process(_PARTICLES)
+    with strategy.scope():
+        network = models.build(model, _IMAGE_SHAPE, 10, seed=0)
+        network.compile(
+            optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
+            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        )
+    total = steps + _WARM_UP_STEPS
+    images = tf.random.Generator.from_seed(0).uniform(
+        [_PARTICLES * _BATCH_SIZE, *_IMAGE_SHAPE]
+    )
+    labels = tf.zeros([_PARTICLES * _BATCH_SIZE], tf.int32)
+    dataset = tf.data.Dataset.from_tensors((images, labels)).cache().repeat(total)
+    seconds = {"without": [], "with": []}
+    for repeat in range(repeats + 1):
+        for name, values in seconds.items():
+            timer = _Timer()
+            with tempfile.TemporaryDirectory() as folder:
+                backup_dir = folder if name == "with" else None
+                sync = tf_psops.PSOSync(10, backup_dir=backup_dir)
+                network.fit(dataset, verbose=0, callbacks=[sync, timer])
+            if repeat:
+                values.append(timer.seconds)
+    return seconds
+
+
+def main(argv):
+    """Prints the ratio of the two sides."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
+    seconds = measure(_MODEL.value, _STEPS.value, common_flags.REPEATS.value)
+    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"])]
+    print(
+        f"with / without backups: median {statistics.median(ratios):.3f} (from "
+        f"{min(ratios):.3f} to {max(ratios):.3f}), goal {_GOAL}"
+    )
+
+
+if __name__ == "__main__":
+    app.run(main)
