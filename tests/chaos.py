@@ -170,16 +170,17 @@ def _compare(calm, stormy):
 
 
 def _lost_steps(folder):
-    """Returns for each attempt how many steps the next one repeated."""
+    """Returns for each attempt that trained how many steps the next one repeated."""
     attempts = []
     for text in _journal(folder, 0):
         if text == "start":
             attempts.append([])
-        else:
+        elif text != "0":  # A batch that is skipped on the way back.
             attempts[-1].append(int(text))
     trained = [steps for steps in attempts if steps]
+    # The first number of an attempt is where it resumed; 1 if it did not.
     return [
-        max(0, before[-1] - (after[0] - 1))
+        before[-1] - (after[0] if after[0] > 1 else 0)
         for before, after in zip(trained, trained[1:])
     ]
 
