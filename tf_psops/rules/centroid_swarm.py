@@ -51,7 +51,7 @@ class CentroidSwarm(Rule):
             0 and below 1. Each costs a forward pass of one batch. Defaults to
             (0.3, 0.5).
         tolerance: By what share of the centroid's loss the loss of an acceptable
-            trial may be larger, at least 0. Defaults to 0.05.
+            trial may be larger, at least 0. Defaults to 0.01.
 
     Raises:
         ValueError: If an argument is out of its range or of a wrong type.
@@ -66,7 +66,7 @@ class CentroidSwarm(Rule):
 
     exchange = "mean"
 
-    def __init__(self, inertia=(0.3, 0.5), tolerance=0.05):
+    def __init__(self, inertia=(0.3, 0.5), tolerance=0.01):
         good = isinstance(inertia, (tuple, list)) and all(
             _checks.is_real(w) and 0 < w < 1 for w in inertia
         )
