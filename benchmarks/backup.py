@@ -54,28 +54,37 @@ def measure(model="lenet", steps=500, repeats=9):
         A dict of "without" and "with" to a list of seconds, one for each repeat.
     """
     strategy = tf_psops.SwarmStrategy.in_process(_PARTICLES)
-    with strategy.scope():
-        network = models.build(model, _IMAGE_SHAPE, 10, seed=0)
-        network.compile(
-            optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
-            loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-        )
     total = steps + _WARM_UP_STEPS
     images = tf.random.Generator.from_seed(0).uniform(
         [_PARTICLES * _BATCH_SIZE, *_IMAGE_SHAPE]
     )
     labels = tf.zeros([_PARTICLES * _BATCH_SIZE], tf.int32)
     dataset = tf.data.Dataset.from_tensors((images, labels)).cache().repeat(total)
-    seconds = {"without": [], "with": []}
-    for repeat in range(repeats + 1):
-        for name, values in seconds.items():
+
+    def make_side(backup_dir):
+        with strategy.scope():
+            network = models.build(model, _IMAGE_SHAPE, 10, seed=0)
+            network.compile(
+                optimizer=keras.optimizers.SGD(0.01, momentum=0.9),
+                loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            )
+        sync = tf_psops.PSOSync(10, backup_dir=backup_dir)
+
+        def run():
             timer = _Timer()
-            with tempfile.TemporaryDirectory() as folder:
-                backup_dir = folder if name == "with" else None
-                sync = tf_psops.PSOSync(10, backup_dir=backup_dir)
-                network.fit(dataset, verbose=0, callbacks=[sync, timer])
-            if repeat:
-                values.append(timer.seconds)
+            network.fit(dataset, verbose=0, callbacks=[sync, timer])
+            return timer.seconds
+
+        return run
+
+    with tempfile.TemporaryDirectory() as folder:
+        sides = {"without": make_side(None), "with": make_side(folder)}
+        seconds = {name: [] for name in sides}
+        for repeat in range(repeats + 1):
+            for name, run in sides.items():
+                taken = run()
+                if repeat:
+                    seconds[name].append(taken)
     return seconds
 
 

@@ -29,7 +29,7 @@ _ROOT = pathlib.Path(__file__).parents[1]
 _WORKERS = 3
 _SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 # Longer than any silence of a healthy worker, its start included.
-_STALL_TIMEOUT = 40
+_STALL_TIMEOUT = 25
 # Bounds a hang, and measures nothing.
 _ATTEMPT_SECONDS = 300
 

@@ -156,7 +156,7 @@ class MisuseOnWorkersTest(tf.test.TestCase, parameterized.TestCase):
                     self.assertRegex(text, f"(?s)^{expected}")
                     self.assertLess(seconds, 4 * _SECONDS)  # The fit included.
         for errors in results:
-            self.assertRegex(errors["no_sync"], "DeadlineExceeded.*timed out")
+            self.assertRegex(errors["no_sync"], "timed out")
         with self.subTest("files"):
             lines = (folder / "log.csv").read_text().split()
             self.assertLen(lines, 4)

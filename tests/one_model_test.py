@@ -81,9 +81,7 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
         self.strategy = tf_psops.SwarmStrategy.in_process(3)
         self.folder = pathlib.Path(self.get_temp_dir())
 
-    @parameterized.parameters(
-        tf_psops.ParameterAverage, tf_psops.ParticleSwarm, tf_psops.CentroidSwarm
-    )
+    @parameterized.parameters(tf_psops.ParticleSwarm, tf_psops.CentroidSwarm)
     def test_training_goes_on_as_if_nothing_had_been_asked(self, make_rule):
         def ask(model, step):
             own = _own(model)
@@ -103,9 +101,7 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
         # The particles were apart meanwhile.
         self.assertNotAllClose(asked.seen[0][0], asked.seen[0][1])
 
-    @parameterized.parameters(
-        tf_psops.ParameterAverage, tf_psops.ParticleSwarm, tf_psops.CentroidSwarm
-    )
+    @parameterized.parameters(tf_psops.ParticleSwarm, tf_psops.CentroidSwarm)
     def test_answers_are_those_of_the_last_synchronisation(self, make_rule):
         def ask(model, step):
             model.save(self.folder / f"{step}.keras")

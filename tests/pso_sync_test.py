@@ -352,7 +352,7 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
 
 class PayloadTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.product(
-        rule=(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm, tf_psops.ElasticAverage),
+        rule=(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm),
         payload=("float16", "bfloat16"),
     )
     def test_weights_travel_rounded(self, rule, payload):

@@ -11,6 +11,7 @@ from unittest import mock
 import clusters
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
@@ -269,6 +270,7 @@ def train_without_end(folder):
 
 
 class InterruptTest(tf.test.TestCase):
+    @pytest.mark.slow
     def test_launcher_ends_training(self):
         grace, folder = 60, pathlib.Path(self.get_temp_dir(), "workers")
         folder.mkdir()

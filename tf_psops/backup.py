@@ -14,6 +14,7 @@ import threading
 import zipfile
 
 import numpy as np
+import tensorflow as tf
 
 _KEPT = 2
 _UNREADABLE = (OSError, EOFError, ValueError, KeyError, zipfile.BadZipFile)
@@ -106,14 +107,16 @@ class Backups:
         _check_fit(path, header["variables"], variables)
         try:
             with np.load(path) as file:
-                arrays = [file[f"v{i}"] for i in range(len(variables))]
+                left = {name: file[name] for name in {v.dtype.name for v in variables}}
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
-        # NumPy loads types of others, such as bfloat16, as raw bytes.
-        arrays = [
-            array.view(variable.dtype.as_numpy_dtype)
-            for array, variable in zip(arrays, variables)
-        ]
+        arrays = []
+        for variable in variables:
+            size, name = variable.shape.num_elements(), variable.dtype.name
+            values, left[name] = np.split(left[name], [size])
+            # NumPy loads types of others, such as bfloat16, as raw bytes.
+            values = values.view(variable.dtype.as_numpy_dtype)
+            arrays.append(values.reshape(variable.shape))
         return header, arrays
 
     def discard_after(self, number):
@@ -135,11 +138,9 @@ class Backups:
         self.wait()
         header["num_particles"] = self._num_particles
         header["variables"] = [_describe(variable) for variable in particles[0]]
-        # TensorFlow keeps the values of now for who has read them.
-        values = [[v.read_value() for v in variables] for variables in particles]
         self._thread = threading.Thread(
             target=self._write,
-            args=(number, values, json.dumps(header)),
+            args=(number, _values(particles), json.dumps(header)),
             name=self._thread_name,
         )
         self._thread.start()
@@ -167,7 +168,7 @@ class Backups:
         try:
             for index, tensors in zip(self._particles, values):
                 with self._unfinished(index).open("wb") as file:
-                    arrays = {f"v{i}": t.numpy() for i, t in enumerate(tensors)}
+                    arrays = {name: value.numpy() for name, value in tensors.items()}
                     np.savez(file, header=np.array(header), **arrays)
                     file.flush()
                     os.fsync(file.fileno())
@@ -198,6 +199,20 @@ class Backups:
 
     def _unfinished(self, particle):
         return self._folder / f".particle-{particle}.unfinished"
+
+
+@tf.function(autograph=False)
+def _values(particles):
+    """Returns each particle's values now: a dict from a type to one vector of it."""
+    values = []
+    for variables in particles:
+        by_type = {}
+        with tf.device(variables[0].device):
+            for variable in variables:
+                flat = tf.reshape(variable.read_value(), [-1])
+                by_type.setdefault(variable.dtype.name, []).append(flat)
+            values.append({name: tf.concat(v, axis=0) for name, v in by_type.items()})
+    return values
 
 
 def _describe(variable):

@@ -29,8 +29,8 @@ _REMEDY = (
 def meeting(strategy, name):
     """Bounds the wait for the other workers in a `with` block that meets them.
 
-    Another error than TensorFlow's must arise in the block on all workers, if at all:
-    nobody is told of it.
+    Another error than TensorFlow's should arise in the block on all workers, if at all:
+    nobody is told of it, unless its `is_known_to_all` says `False`.
 
     Args:
         strategy: A `SwarmStrategy`; after its `timeout` the wait ends on all workers.
@@ -74,7 +74,8 @@ def meeting(strategy, name):
     except tf.errors.OpError:
         raise
     except Exception as error:
-        known_to_all(error)
+        if not hasattr(error, "is_known_to_all"):
+            known_to_all(error)
         raise
     finally:
         timer.cancel()

@@ -305,7 +305,8 @@ class Synchronizer:
             RuntimeError: If another one is at a synchronisation or at another step.
         """
         if self._apart and self._strategy.num_workers > 1:
-            self._check_steps(self._meet().numpy()[:, 2])
+            with self._strategy.meeting("the end of an epoch, or an evaluation"):
+                self._check_steps(self._meet().numpy()[:, 2])
 
     def _check_steps(self, steps):
         if steps.min() != steps.max():
@@ -324,13 +325,15 @@ class Synchronizer:
         """Raises an error if what the rule made of finite positions is not finite."""
         sick = self._collectives.first_particle + np.flatnonzero(~np.array(finite))
         if sick.size:
-            raise FloatingPointError(
+            error = FloatingPointError(
                 f"The rule {type(self._rule).__name__} gave particles {sick.tolist()} "
                 "a position that is not finite, at synchronisation "
                 f"{self.num_syncs}, from `{function}`. Expected finite weights. Look "
                 "for a division by zero, a root or a logarithm in the rule, or take a "
                 "rule of tf_psops."
             )
+            error.is_known_to_all = False  # Only to the worker of the particle.
+            raise error
 
     def _make_state(self, strategy):
         """Returns what the local replicas remember of the last synchronisation.
