@@ -351,9 +351,8 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class PayloadTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.product(
-        rule=(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm),
-        payload=("float16", "bfloat16"),
+    @parameterized.parameters(
+        (tf_psops.CentroidSwarm, "float16"), (tf_psops.ParticleSwarm, "bfloat16")
     )
     def test_weights_travel_rounded(self, rule, payload):
         def fit(**kwargs):
