@@ -23,12 +23,16 @@ def _news(rule, vector, sync=0, scores=None):
 
 
 class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
-    def test_first_trial_is_the_centroid(self):
-        rule = tf_psops.CentroidSwarm()
+    def test_trials_fly_past_the_centroid(self):
+        rule = tf_psops.CentroidSwarm(inertia=(0.5, 0.2))
+        self.assertEqual(rule.num_trials, 2)
         state = rule.init(tf.constant([1.0, 2.0, 3.0], tf.float64))
-        state = state._replace(velocity=tf.constant([9.0, 9.0, 9.0], tf.float64))
+        velocity = np.array([7.0, 8.0, 9.0])
+        state = state._replace(velocity=tf.constant(velocity))
         mean = np.array([4.0, 5.0, 6.0])
-        self.assertAllClose(rule.trial(0, state, _news(rule, mean), _TENSOR_IDS), mean)
+        for number, inertia in enumerate((0.2, 0.5)):
+            trial = rule.trial(number, state, _news(rule, mean), _TENSOR_IDS)
+            self.assertAllClose(trial, mean + inertia * velocity)
 
     @parameterized.parameters(
         # Scores, and the inertias of where the swarm goes on and of its answer.
@@ -75,7 +79,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
             velocities = [w * v + (mean - x) for w in (0, 0.3, 0.5, 0.7)]
             losses = np.array([np.sum((x + u - goal) ** 2) for u in velocities])
             news = _news(rule, mean, sync)
-            for k, u in enumerate(velocities):
+            for k, u in enumerate(velocities[1:]):
                 self.assertAllClose(trial(tf.constant(k), state, news), x + u)
             chosen = np.flatnonzero(losses <= 1.05 * losses[0])[-1]
             choices.append(chosen)

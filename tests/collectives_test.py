@@ -21,6 +21,7 @@ def _collectives(strategy):
         strategy.num_workers,
         strategy.worker_index,
         strategy.communication_options,
+        strategy.wire,
     )
 
 
@@ -110,13 +111,20 @@ def _fractions(particle):
     return random
 
 
-def _work(local_devices):
+def _work(local_devices, implementation):
     """Is what each worker of a cluster does in the tests below."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * local_devices
     )
-    strategy = tf_psops.SwarmStrategy([f"CPU:{i}" for i in range(local_devices)])
+    communication = tf.distribute.experimental
+    strategy = tf_psops.SwarmStrategy(
+        [f"CPU:{i}" for i in range(local_devices)],
+        communication_options=communication.CommunicationOptions(
+            implementation=communication.CommunicationImplementation[implementation]
+        ),
+    )
+    assert (strategy.wire is None) == (implementation == "RING")
     particles = strategy.num_replicas_in_sync
     rounds = [*range(particles), *reversed(range(particles)), 0, 0]
     return {
@@ -194,11 +202,11 @@ class InProcessTest(_RoundedTestCase, parameterized.TestCase):
 
 
 class ClusterTest(_RoundedTestCase, parameterized.TestCase):
-    @parameterized.parameters((3, 1), (2, 2))
-    def test_all_workers_get_the_same(self, workers, local):
+    @parameterized.parameters((3, 1, "AUTO"), (2, 2, "AUTO"), (2, 2, "RING"))
+    def test_all_workers_get_the_same(self, workers, local, implementation):
         particles = workers * local
         cases = [(size, sick) for size in _SIZES for sick in (None, 0, particles - 1)]
-        for result in clusters.run(_work, workers, local):
+        for result in clusters.run(_work, workers, local, implementation):
             for got, expected in zip(result["gather"], _gathered(particles)):
                 self.assertAllEqual(got, expected)
             for copies, (size, sick) in zip(result["mean"], cases):

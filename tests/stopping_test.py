@@ -312,7 +312,9 @@ class InterruptTest(tf.test.TestCase):
 class MeetingTest(tf.test.TestCase, parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        self.strategy = mock.Mock(num_workers=2, worker_index=0, timeout=1e12)
+        self.strategy = mock.Mock(
+            num_workers=2, worker_index=0, timeout=1e12, is_cut_off=False
+        )
 
     @parameterized.parameters(
         tf.errors.AbortedError,
@@ -331,6 +333,15 @@ class MeetingTest(tf.test.TestCase, parameterized.TestCase):
         ):
             raise raised
         self.assertIs(context.exception.__cause__, raised)
+
+    def test_error_of_a_wire_that_is_cut(self):
+        self.strategy.is_cut_off = True
+        with (
+            self.assertRaisesRegex(RuntimeError, "failed or is gone .*has closed its"),
+            meeting.meeting(self.strategy, "a place"),
+        ):
+            text = "ConnectionError: Worker 1 has closed its connection."
+            raise tf.errors.UnknownError(None, None, text)
 
     def test_other_errors_pass(self):
         for raised in (ValueError("no"), tf.errors.InternalError(None, None, "no")):

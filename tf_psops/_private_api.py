@@ -102,6 +102,9 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             cluster_resolver.cluster_spec()
         )
         self._leader = multi_worker_util.coordination_leader(cluster)
+        tasks = cluster.as_dict()
+        workers = [*tasks.get("chief", []), *tasks.get("worker", [])]
+        self.hosts = [worker.rpartition(":")[0].strip("[]") for worker in workers]
         context.context().configure_coordination_service(
             service_type="standalone",
             service_leader=self._leader,

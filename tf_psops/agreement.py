@@ -3,7 +3,6 @@
 import hashlib
 
 import numpy as np
-import tensorflow as tf
 
 from tf_psops import collectives
 
@@ -24,14 +23,7 @@ def check_same(strategy, settings):
     """
     if strategy.num_workers == 1:
         return
-    group = collectives.Collectives(
-        strategy.extended.worker_devices[:1],
-        strategy.num_workers,
-        strategy.worker_index,
-        strategy.communication_options,
-    )
-    row = tf.constant([_digest(value) for value in settings.values()], tf.float64)
-    table = tf.function(lambda: group.gather([row], 0))().numpy()
+    table = collectives.tell(strategy, [_digest(v) for v in settings.values()])
     for (name, value), column in zip(settings.items(), table.T):
         if (column != column[0]).any():
             others = np.flatnonzero(column != column[0]).tolist()

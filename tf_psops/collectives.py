@@ -4,6 +4,9 @@ The functions are for the inside of one `tf.function`, outside the replicas: the
 take and give one tensor for each local device. Local replicas are joined on their
 worker first, so that one vector travels for each worker, however many replicas it
 has. All workers must call the same functions in the same order.
+
+Vectors go through the swarm's own `wire.Wire` where there is one, and else through
+TensorFlow's collectives (NCCL, ring); scalars always through TensorFlow's.
 """
 
 import itertools
@@ -29,12 +32,14 @@ class Collectives:
         num_workers: The number of workers in the cluster.
         worker_index: The place of this worker, from 0.
         options: A `tf.distribute.experimental.CommunicationOptions`.
+        wire: A `wire.Wire` for the vectors, or `None`.
     """
 
-    def __init__(self, devices, num_workers, worker_index, options):
+    def __init__(self, devices, num_workers, worker_index, options, wire=None):
         self._devices = tuple(devices)
         self._num_workers = num_workers
         self._worker_index = worker_index
+        self._wire = wire
         self._group = {
             "group_size": num_workers,
             "group_key": next(_group_keys),
@@ -95,7 +100,10 @@ class Collectives:
                     for replica, vector in enumerate(vectors)
                 ]
             )
-            share = total / tf.cast(tf.math.count_nonzero(healthy), total.dtype)
+            count = tf.cast(tf.math.count_nonzero(healthy), total.dtype)
+            if self._wire:
+                return self._to_devices(self._wire_mean(total, count, payload))
+            share = total / count
             if payload:  # The sum must not be too large for it, either.
                 limit = 0.99 * float(payload.max) / self._num_workers
                 share = tf.clip_by_value(share, -limit, limit)
@@ -120,6 +128,9 @@ class Collectives:
                 root % len(vectors),
                 [lambda vector=vector: tf.identity(vector) for vector in vectors],
             )
+            if self._wire:
+                mine = self._wire_broadcast(mine, root_worker, payload)
+                return self._to_devices(mine)
 
             # An instance key that serves two roots gives uninitialised memory.
             def receive(piece, key):
@@ -147,6 +158,34 @@ class Collectives:
                 copies.append(tf.identity(vector))
         return copies
 
+    def _wire_mean(self, total, count, payload):
+        """Every worker makes the mean of its share, which then goes to all."""
+        payload = payload or total.dtype
+        local = len(self._devices)
+        if local > 1:  # The sum of some may be too large for the payload.
+            total, count = total / local, count / local
+        shares = tf.numpy_function(
+            self._wire.scatter,
+            [_rounded(total, payload)],
+            [payload] * self._num_workers,
+        )
+        share = tf.add_n([tf.cast(share, total.dtype) for share in shares]) / count
+        mean = tf.numpy_function(
+            self._wire.gather,
+            [_rounded(share, payload), tf.size(total)],
+            payload,
+        )
+        return tf.cast(tf.ensure_shape(mean, total.shape), total.dtype)
+
+    def _wire_broadcast(self, vector, root, payload):
+        payload = payload or vector.dtype
+        got = tf.numpy_function(
+            self._wire.broadcast,
+            [_rounded(vector, payload), root],
+            payload,
+        )
+        return tf.cast(tf.ensure_shape(got, vector.shape), vector.dtype)
+
     def _in_buckets(self, vector, transfer, call, payload, size=None):
         """Applies `transfer(piece, key)` to pieces of `size`, or of about 4 MB.
 
@@ -154,13 +193,13 @@ class Collectives:
         """
         payload = payload or vector.dtype
         if self._num_workers == 1:
-            return tf.cast(tf.saturate_cast(vector, payload), vector.dtype)
+            return tf.cast(_rounded(vector, payload), vector.dtype)
         size = size or _BUCKET_BYTES // payload.size
         first_key = call * _KEYS_PER_CALL
         pieces = [
             tf.cast(
                 transfer(
-                    tf.saturate_cast(vector[start : start + size], payload),
+                    _rounded(vector[start : start + size], payload),
                     first_key + n * self._num_workers,
                 ),
                 vector.dtype,
@@ -192,6 +231,30 @@ class Collectives:
             instance_key=key, shape=tf.shape(bits), T=bits.dtype, **self._group
         )
         return tf.bitcast(got, piece.dtype)
+
+
+def tell(strategy, row):
+    """Returns what every worker tells, a NumPy array [num_workers, K] of float64.
+
+    All workers must call it at the same time.
+
+    Args:
+        strategy: A `SwarmStrategy`.
+        row: K numbers.
+    """
+    group = Collectives(
+        strategy.extended.worker_devices[:1],
+        strategy.num_workers,
+        strategy.worker_index,
+        strategy.communication_options,
+    )
+    row = tf.constant(row, tf.float64)
+    return tf.function(lambda: group.gather([row], 0))().numpy()
+
+
+def _rounded(vector, payload):
+    # TensorFlow's would also copy what has the type already.
+    return vector if vector.dtype == payload else tf.saturate_cast(vector, payload)
 
 
 def _as_bits(piece):

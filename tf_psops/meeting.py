@@ -48,16 +48,16 @@ def meeting(strategy, name):
 
     def give_up():
         over.set()
-        strategy.extended.end_collectives(
-            f"Worker {strategy.worker_index} {waited} for {name}."
-        )
+        strategy.end_collectives(f"Worker {strategy.worker_index} {waited} for {name}.")
 
     timer = threading.Timer(min(strategy.timeout, threading.TIMEOUT_MAX), give_up)
     timer.daemon = True
     timer.start()
     try:
         yield
-    except _ERRORS as error:
+    except tf.errors.OpError as error:
+        if not isinstance(error, _ERRORS) and not strategy.is_cut_off:
+            raise
         if over.is_set():
             raise TimeoutError(
                 f"Worker {strategy.worker_index} {waited} for all others to come to "
@@ -71,8 +71,6 @@ def meeting(strategy, name):
             f"worker failed or is gone ({(told or str(error)).splitlines()[0]}). Look "
             f"at the output of that worker. {_REMEDY}"
         ) from error
-    except tf.errors.OpError:
-        raise
     except Exception as error:
         if not hasattr(error, "is_known_to_all"):
             known_to_all(error)
@@ -99,7 +97,7 @@ def tell_of_failures():
             alone = getattr(strategy, "num_workers", 1) == 1
             if not alone and not getattr(error, "is_known_to_all", False):
                 text = " ".join(f"{type(error).__name__}: {error}".split())
-                strategy.extended.end_collectives(
+                strategy.end_collectives(
                     f"Worker {strategy.worker_index} left `fit` with {text[:1000]}"
                 )
             raise

@@ -1,11 +1,13 @@
 """The strategy whose replicas are the particles of a swarm."""
 
+import functools
 import weakref
 
 import keras
 import tensorflow as tf
+from absl import logging
 
-from tf_psops import _checks, _private_api, cluster, meeting
+from tf_psops import _checks, _private_api, cluster, collectives, meeting, wire
 
 
 class SwarmStrategy(tf.distribute.Strategy):
@@ -30,8 +32,9 @@ class SwarmStrategy(tf.distribute.Strategy):
             Defaults to one that reads `TF_CONFIG`; without `TF_CONFIG` the swarm
             lives in this process.
         communication_options: A `tf.distribute.experimental.CommunicationOptions`:
-            its implementation (ring, NCCL) holds for all collectives. Defaults to
-            automatic.
+            its implementation (ring, NCCL) holds for all collectives. Automatic, the
+            default, moves vectors between CPUs over TCP connections of the swarm's own,
+            at ports that the system chooses, where all workers can reach each other.
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
         timeout: Seconds to wait for the other workers wherever they meet after the
             start: at a synchronisation, a metric of the whole swarm, a new variable.
@@ -179,6 +182,46 @@ class SwarmStrategy(tf.distribute.Strategy):
     def meeting(self, name):
         """Bounds the wait for the other workers; see `meeting.meeting`."""
         return meeting.meeting(self, name)
+
+    @functools.cached_property
+    def wire(self):
+        """The `wire.Wire` that vectors take to the other workers, `None` without one.
+
+        All workers must ask for it at the same time first.
+        """
+        automatic = tf.distribute.experimental.CommunicationImplementation.AUTO
+        device = tf.DeviceSpec.from_string(self.extended.worker_devices[0])
+        if (
+            self.num_workers == 1
+            or device.device_type != "CPU"
+            or self.communication_options.implementation != automatic
+        ):
+            return None
+        with self.meeting("the connection of the workers"):
+            connected = wire.connect(
+                self.worker_index,
+                self.extended.hosts,
+                lambda row: collectives.tell(self, row),
+            )
+        if connected is None:
+            logging.warning(
+                "The workers of %s cannot reach each other but at the ports of the "
+                "cluster. They synchronise by TensorFlow's collectives, which takes "
+                "two to three times as long. Open the other ports between them.",
+                self.extended.hosts,
+            )
+        return connected
+
+    def end_collectives(self, message):
+        """Ends what joins the workers, now and later, on all of them with an error."""
+        self.extended.end_collectives(message)
+        if vars(self).get("wire"):
+            self.wire.cut()
+
+    @property
+    def is_cut_off(self):
+        """Returns whether the wire to the other workers has been cut."""
+        return bool(vars(self).get("wire") and self.wire.is_cut)
 
     def local_replica(self):
         """Returns the place among this worker's replicas of the one that is traced.

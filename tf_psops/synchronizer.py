@@ -15,6 +15,7 @@ _BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE, _TELL = range(8)
 _PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
 
 _FAR = 100.0
+_PIECE = 1 << 18
 
 
 class Synchronizer:
@@ -48,6 +49,7 @@ class Synchronizer:
             strategy.num_workers,
             strategy.worker_index,
             strategy.communication_options,
+            strategy.wire,
         )
         self._strategy = strategy
         self._model = model
@@ -75,6 +77,7 @@ class Synchronizer:
         self._tensor_ids = self._on_devices(lambda _: self._weights.tensor_ids())
         self._trial = compiled(self._rule_trial)
         self._move = compiled(self._rule_move)
+        self._agreed = compiled(self._rule_agreed)
         self._apart = False
         self._sent = None
         self.wish = 0
@@ -289,7 +292,8 @@ class Synchronizer:
             tf.constant(self.num_syncs),
         )
         self._check_finite(finite, "move")
-        scalars = (table.shape[1] + self._rule.num_trials) * self.num_particles
+        scores = self._rule.num_trials and 1 + self._rule.num_trials
+        scalars = (table.shape[1] + scores) * self.num_particles
         self.bytes_moved += scalars * table.dtype.size
         self.bytes_moved += self._averaged.size * self._dtype.size
         if self._rule.exchange == "mean" or news != self._sent:
@@ -400,7 +404,7 @@ class Synchronizer:
             position = self._weights.pack(replica)
             loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
             # Not finite either where an element of the position is not.
-            distance = tf.norm(position - self._vector[replica])
+            distance = _distance(position, self._vector[replica].read_value())
             sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
             before = self._rule_state[replica]
@@ -525,33 +529,32 @@ class Synchronizer:
         return [mean[:size] for mean in means], [mean[size:] for mean in means]
 
     def _score_trials(self, states, news):
-        """Returns the mean loss of each trial position over the swarm, [K]."""
+        """Returns the mean loss over the swarm of what travelled and each trial."""
 
         def loss():
             batch = self._ledger.batch(self._strategy.local_replica())
             return _private_api.test_loss(self._model, batch)
 
         def score(number, scores):
-            self._on_devices(
-                lambda replica: self._weights.unpack(
-                    replica,
-                    self._trial(
-                        number,
-                        states[replica],
-                        news[replica],
-                        self._tensor_ids[replica],
-                    ),
+            def unpack(replica):
+                arguments = states[replica], news[replica], self._tensor_ids[replica]
+                position = tf.cond(
+                    number == 0,
+                    lambda: tf.identity(news[replica].vector),
+                    lambda: self._trial(number - 1, *arguments),
                 )
-            )
+                self._weights.unpack(replica, position)
+
+            self._on_devices(unpack)
             losses = self._strategy.experimental_local_results(self._strategy.run(loss))
             row = tf.stack([tf.cast(loss, tf.float64) for loss in losses])
             return number + 1, scores.write(number, row)
 
-        trials = self._rule.num_trials
+        count = 1 + self._rule.num_trials
         _, scores = tf.while_loop(
-            lambda number, _: number < trials,
+            lambda number, _: number < count,
             score,
-            (tf.constant(0), tf.TensorArray(tf.float64, trials)),
+            (tf.constant(0), tf.TensorArray(tf.float64, count)),
             parallel_iterations=1,
         )
         rows = tf.unstack(tf.transpose(scores.stack()), len(self._devices))
@@ -560,10 +563,10 @@ class Synchronizer:
         return tf.reduce_mean(table, axis=0)
 
     def _agreed_position(self, replica):
-        vector = self._vector[replica].read_value()
-        position = self._rule.agreed(self._rule_state[replica], vector)
-        rule_lib.check_returned(self._rule, "agreed", position, vector)
-        return position
+        state, vector = self._rule_state[replica], self._vector[replica]
+        return self._agreed(
+            tf.nest.map_structure(tf.identity, state), vector.read_value()
+        )
 
     @tf.function(autograph=False)
     def _show_agreed(self):
@@ -620,6 +623,11 @@ class Synchronizer:
         returned = self._rule.move(state, position, news, tensor_ids)
         rule_lib.check_returned(self._rule, "move", returned, (state, position))
         return returned
+
+    def _rule_agreed(self, state, vector):
+        position = self._rule.agreed(state, vector)
+        rule_lib.check_returned(self._rule, "agreed", position, vector)
+        return position
 
     def _on_devices(self, function):
         results = []
@@ -678,6 +686,18 @@ def _fresh(slot):
     """Returns the number that a slot holds before training, 0 after it has begun."""
     values = slot.numpy().ravel()
     return float(values[0]) if values.size and (values == values[0]).all() else 0.0
+
+
+def _distance(one, other):
+    """Returns the Euclidean distance of two vectors."""
+    # In pieces that stay in the cache: whole, it takes three times as long.
+    squares = [
+        tf.reduce_sum(
+            tf.math.squared_difference(one[i : i + _PIECE], other[i : i + _PIECE])
+        )
+        for i in range(0, one.shape[0], _PIECE)
+    ]
+    return tf.sqrt(tf.add_n(squares))
 
 
 def _is_finite(vector):

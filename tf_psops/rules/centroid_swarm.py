@@ -35,12 +35,14 @@ class CentroidSwarmState(NamedTuple):
     Attributes:
         position: [P], x, where all particles went on from.
         velocity: [P], v, how the last synchronisation moved them.
-        best: [P], the global best, the trial of the best fitness there.
+        old_velocity: [P], v before that, with which its trials were made.
+        best_inertia: Scalar, the inertia of the global best among them.
     """
 
     position: tf.Tensor
     velocity: tf.Tensor
-    best: tf.Tensor
+    old_velocity: tf.Tensor
+    best_inertia: tf.Tensor
 
 
 class CentroidSwarm(Rule):
@@ -75,22 +77,25 @@ class CentroidSwarm(Rule):
         _checks.check(good, "a finite number of at least 0", tolerance=tolerance)
         self.inertia = (0.0, *sorted(map(float, inertia)))
         self.tolerance = float(tolerance)
-        self.num_trials = len(self.inertia)
+        self.num_trials = len(inertia)
 
     def init(self, position):
         """Returns the state of a swarm at rest."""
         return CentroidSwarmState(
             position=tf.identity(position),
             velocity=tf.zeros_like(position),
-            best=tf.identity(position),
+            old_velocity=tf.zeros_like(position),
+            best_inertia=tf.zeros([], position.dtype),
         )
 
     def trial(self, number, state, news, tensor_ids):
         """Returns the position of a trial particle; see `Rule.trial`."""
         del tensor_ids
-        # Not by a slice: XLA would compile the rule anew for each number.
-        inertia = tf.gather(tf.constant(self.inertia, news.vector.dtype), number)
-        return news.vector + inertia * state.velocity
+        return news.vector + self._inertia(number + 1, state) * state.velocity
+
+    def _inertia(self, choice, state):
+        # Not by a slice: XLA would compile the rule anew for each choice.
+        return tf.gather(tf.constant(self.inertia, state.velocity.dtype), choice)
 
     def move(self, state, position, news, tensor_ids):
         """Returns the state and position to go on from; see `Rule.move`."""
@@ -98,18 +103,18 @@ class CentroidSwarm(Rule):
         best = tf.argmin(news.scores, output_type=tf.int32)
         limit = news.scores[0] + self.tolerance * tf.abs(news.scores[0])
         acceptable = tf.math.is_finite(news.scores) & (news.scores <= limit)
-        numbers = tf.range(self.num_trials)
-        chosen = tf.reduce_max(tf.where(acceptable, numbers, 0))
+        choices = tf.range(len(self.inertia))
+        chosen = tf.reduce_max(tf.where(acceptable, choices, 0))
         chosen = tf.where(tf.math.is_finite(news.scores[0]), chosen, best)
-        moved = self.trial(chosen, state, news, tensor_ids)
+        moved = self.trial(chosen - 1, state, news, tensor_ids)
         state = CentroidSwarmState(
             position=moved,
             velocity=moved - state.position,
-            best=self.trial(best, state, news, tensor_ids),
+            old_velocity=state.velocity,
+            best_inertia=self._inertia(best, state),
         )
         return state, moved
 
     def agreed(self, state, vector):
         """Returns the global best."""
-        del vector
-        return state.best
+        return vector + state.best_inertia * state.old_velocity

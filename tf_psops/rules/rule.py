@@ -7,8 +7,8 @@ float vector of P elements. At a synchronisation
   1. every particle makes an `Offer` from its own position and fitness;
   2. one vector travels: the offer with the lowest score (`exchange = "best"`), or
      the mean of the offers of all particles in good health (`exchange = "mean"`);
-  3. if the rule has trial positions, every particle scores each of them on its own
-     latest batch, and the scores are averaged over the swarm;
+  3. if the rule has trial positions, every particle scores what travelled and each
+     of them on its own latest batch, and the scores are averaged over the swarm;
   4. every particle moves by what it learnt, which it gets as `News`.
 """
 
@@ -44,9 +44,9 @@ class News(NamedTuple):
         particle: Scalar int32, the index of this particle, 0 to W - 1.
         sync: Scalar int32, the number of this synchronisation, from 0.
         factors: What the rule's `factors` gave.
-        scores: [K], the mean loss over the swarm of each trial position, infinite
-            where a loss was not finite; `None` before the trials are scored, and for
-            a rule without trials.
+        scores: [1 + K], the mean loss over the swarm of `vector` as a position and of
+            each trial position, infinite where a loss was not finite; `None` before
+            they are scored, and for a rule without trials.
     """
 
     vector: tf.Tensor
@@ -61,9 +61,9 @@ class Rule:
     """How the particles of a swarm move at a synchronisation.
 
     A rule of one's own is a subclass with `exchange` and `move`, and what else it
-    needs of the other functions. `trial` and `move` are compiled by XLA, as all that
-    is arithmetic on whole vectors should be: they take and return tensors of fixed
-    shapes. A state is a `NamedTuple` of tensors.
+    needs of the other functions. `trial`, `move` and `agreed` are compiled by XLA, as
+    all that is arithmetic on whole vectors should be: they take and return tensors of
+    fixed shapes. A state is a `NamedTuple` of tensors.
 
     Example:
 
