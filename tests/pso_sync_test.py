@@ -135,6 +135,111 @@ class IntervalTest(tf.test.TestCase, parameterized.TestCase):
         self.assertLen(sync.fitness, 3)
 
 
+class DelayTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters((2,), (1,), (2, 2))
+    def test_what_travels_is_applied_later(self, delay, per_execution=1):
+        _, model = _swarm(3, steps_per_execution=per_execution)
+        sync = tf_psops.PSOSync(4, tf_psops.ParameterAverage(), delay=delay)
+
+        def look(model):
+            return _weights(model), sync.num_syncs
+
+        before, after = _Probe(look), _Probe(look)
+        _fit(model, _data(9 + per_execution, 3), before, sync, after)
+        start = 0
+        for number, ((own, _), (moved, syncs)) in enumerate(
+            zip(before.seen, after.seen), 1
+        ):
+            step = number * per_execution
+            if step in (4, 8):
+                start = own
+            if step in (4 + delay, 8 + delay):
+                self.assertAllClose(moved, start.mean(axis=0) + own - start, atol=1e-6)
+                self.assertFalse(_equal(moved))
+            else:
+                self.assertAllEqual(moved, own)
+            self.assertEqual(syncs, (step >= 4 + delay) + (step >= 8 + delay))
+        self.assertEqual(sync.num_syncs, 3)
+        for weights in _weights(model):
+            self.assertAllClose(weights, after.seen[-1][0].mean(axis=0), atol=1e-6)
+
+    def test_training_does_not_wait(self):
+        travel = synchronizer.Synchronizer._travel
+        events = []
+
+        def slow(self, *args):
+            time.sleep(0.5)
+            result = travel(self, *args)
+            events.append("there")
+            return result
+
+        _, model = _swarm()
+        sync = tf_psops.PSOSync(3, tf_psops.ParticleSwarm(), delay=2)
+        probe = _Probe(lambda _: events.append("step"))
+        with mock.patch.object(synchronizer.Synchronizer, "_travel", slow):
+            _fit(model, _data(7), sync, probe)
+        rehearsed, *rest = events
+        self.assertEqual(rehearsed, "there")
+        trips = " ".join(rest).split("there")
+        self.assertEqual([trip.count("step") for trip in trips], [4, 3, 0, 0])
+
+    def test_ends_and_pauses_under_way(self):
+        """Evaluations, an end and new weights while something travels."""
+
+        def fit(*callbacks, steps=6):
+            _, model = _swarm(3, make=lambda: _dense(layers.BatchNormalization()))
+            sync = tf_psops.PSOSync(5, optimizer_slots="average", delay=3)
+            _fit(model, _data(steps, 3), *callbacks, sync)
+            return model.get_weights(), sync.num_syncs
+
+        class Evaluate(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                self.model.evaluate(_data(1, 3), verbose=0)
+
+        expected, num_syncs = fit()
+        self.assertEqual(num_syncs, 2)
+        evaluated, _ = fit(Evaluate())
+        for one, other in zip(evaluated, expected):
+            self.assertAllEqual(one, other)
+
+        class Set(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch == 5:
+                    self.model.set_weights([0 * w for w in self.model.get_weights()])
+
+        weights, num_syncs = fit(Set())
+        self.assertEqual(num_syncs, 1)
+        for value in weights:
+            self.assertAllEqual(value, 0 * value)
+
+    def test_sick_particle_takes_nothing_along(self):
+        class Break(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch in (1, 4):  # Before a start, and while something travels.
+                    kernel = _variables(self.model)[0]
+                    kernel.assign(np.nan * kernel)
+
+        def _variables(model):
+            variable = model.trainable_variables[0].value
+            return model.distribute_strategy.experimental_local_results(variable)
+
+        _, model = _swarm(3)
+        sync = tf_psops.PSOSync(3, tf_psops.ParameterAverage(), delay=2)
+        _fit(model, _data(12, 3), Break(), sync)
+        self.assertEqual(sync.num_sick, 2)
+        self.assertTrue(np.isfinite(_weights(model)).all())
+
+    @parameterized.parameters(-1, 4, 1.5, None, True)
+    def test_refuses(self, delay):
+        with self.assertRaisesRegex(ValueError, "`delay`.*below sync_every=4.*delay="):
+            tf_psops.PSOSync(4, delay=delay)
+
+    def test_no_multiple_of_steps_per_execution(self):
+        _, model = _swarm(steps_per_execution=2)
+        with self.assertRaisesRegex(ValueError, "delay=1 is not a multiple"):
+            _fit(model, _data(4), tf_psops.PSOSync(4, delay=1))
+
+
 class RehearsalTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm)
     def test_no_sync_waits_for_a_compiler(self, rule):

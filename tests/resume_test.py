@@ -115,6 +115,7 @@ class ResumeTest(tf.test.TestCase, parameterized.TestCase):
                 },
                 "one_iterator": False,
                 "per_execution": 2,
+                "delay": 2,
             },
         ),
     )

@@ -73,6 +73,13 @@ class PSOSync(keras.callbacks.Callback):
             or "bfloat16" for half the traffic. What travels is the way from the last
             synchronisation, rounded; what stays on a particle is not. Defaults to
             `None`, the weights' own type.
+        delay: How many local steps to take while the weights travel, from 0 to below
+            `sync_every`, with `steps_per_execution` above 1 a multiple of that. What a
+            synchronisation makes of the weights at its start is applied `delay` steps
+            later, to particles that have gone on: they keep the way since then. A
+            synchronisation that training does not outlast is applied when it ends. See
+            "Streaming DiLoCo" (arXiv 2501.18512). Defaults to 0: training
+            waits.
         backup_dir: Folder for backups of the whole swarm, from which a training that
             was cut short goes on when it is started again: every particle's weights,
             state, optimizer and what the rule remembers, and the step in the epoch.
@@ -136,6 +143,7 @@ class PSOSync(keras.callbacks.Callback):
         non_trainable="average",
         optimizer_slots="local",
         payload_dtype=None,
+        delay=0,
         backup_dir=None,
         backup_every=10,
         elastic=False,
@@ -156,6 +164,12 @@ class PSOSync(keras.callbacks.Callback):
             "'float32', 'float16', 'bfloat16' or None",
             payload_dtype=payload_dtype,
         )
+        good = _checks.is_whole(delay) and 0 <= delay < sync_every
+        _checks.check(
+            good,
+            f"a whole number of local steps from 0 to below sync_every={sync_every}",
+            delay=delay,
+        )
         _checks.check(
             backup_dir is None or isinstance(backup_dir, (str, os.PathLike)),
             "the path of a folder, or None",
@@ -171,6 +185,7 @@ class PSOSync(keras.callbacks.Callback):
         self.sync_every = sync_every
         self.rule = rule
         self.payload_dtype = payload_dtype
+        self.delay = delay
         self.non_trainable = non_trainable
         self.optimizer_slots = optimizer_slots
         self.sync_seconds = 0.0
@@ -214,14 +229,16 @@ class PSOSync(keras.callbacks.Callback):
         self._check_other_callbacks()
 
     def on_train_begin(self, logs=None):
-        every, per_execution = self.sync_every, self.model.steps_per_execution
-        if every % per_execution:
-            raise ValueError(
-                f"sync_every={every} is not a multiple of steps_per_execution="
-                f"{per_execution}: Keras runs {per_execution} steps at a time, so a "
-                f"synchronisation after {every} steps cannot be hit. Choose "
-                "`sync_every` as a multiple of `steps_per_execution`."
-            )
+        per_execution = self.model.steps_per_execution
+        for name in ("sync_every", "delay"):
+            steps = getattr(self, name)
+            if steps % per_execution:
+                raise ValueError(
+                    f"{name}={steps} is not a multiple of steps_per_execution="
+                    f"{per_execution}: Keras runs {per_execution} steps at a time, so "
+                    f"the end of {steps} steps cannot be hit. Choose `{name}` as a "
+                    "multiple of `steps_per_execution`."
+                )
         self._check_scope()
         self._check_compilation()
         # A later `fit` of the same compiled model goes on with what was traced.
@@ -239,6 +256,7 @@ class PSOSync(keras.callbacks.Callback):
                 average_non_trainable=self.non_trainable == "average",
                 average_slots=self.optimizer_slots == "average",
                 payload_dtype=self.payload_dtype,
+                delayed=self.delay > 0,
             )
             self._rehearsed = False
             self.model.make_train_function(force=True)
@@ -279,6 +297,9 @@ class PSOSync(keras.callbacks.Callback):
             self._rehearsed = True
             with self._meeting("the first local step"):
                 self._synchronizer.rehearse(take_mean=self._takes_mean())
+        under_way = self._synchronizer.is_under_way
+        if under_way and self._steps >= self._synced_steps + self.delay:
+            self._finish()
         due = self._synced_steps + self.sync_every
         if self._steps > due:
             raise ValueError(
@@ -289,12 +310,19 @@ class PSOSync(keras.callbacks.Callback):
                 "steps_per_execution=1."
             )
         if self._steps == due:
-            self._synchronize()
+            self._start()
+            if not self.delay:
+                self._finish()
 
     def on_train_end(self, logs=None):
         averaged = self._takes_mean()
+        if averaged:
+            self._synchronizer.drop()
+        if self._synchronizer.is_under_way:
+            self._finish()
         if self._steps > self._synced_steps and not averaged:
-            self._synchronize()
+            self._start()
+            self._finish()
         if self._resumption:
             self._resumption.end(None if averaged else self._place())
         with self._meeting("the end of training"):
@@ -312,20 +340,28 @@ class PSOSync(keras.callbacks.Callback):
             "epoch": self._epoch,
             "steps_in_epoch": self._steps_in_epoch,
             "steps": self._steps,
+            "synced_steps": self._synced_steps,
         }
 
     def _resume(self, place):
         """Goes on from what `_place` returned once."""
         self._steps_in_epoch = place["steps_in_epoch"]
-        self._steps = self._synced_steps = place["steps"]
+        self._steps = place["steps"]
+        self._synced_steps = place["synced_steps"]
 
-    def _synchronize(self):
+    def _start(self):
         start = time.perf_counter()
         with self._meeting(f"synchronisation {self.num_syncs}"):
-            self.fitness = self._synchronizer.synchronize(self._wish())
-        wish = self._synchronizer.wish
-        if wish != _GO_ON:
+            self._synchronizer.start(self._wish())
+        self._synced_steps = self._steps
+        if self._synchronizer.wish == _STOP:
             self._stopping.decide(True)
+        self.sync_seconds += time.perf_counter() - start
+
+    def _finish(self):
+        start = time.perf_counter()
+        with self._meeting(f"synchronisation {self.num_syncs}"):
+            self.fitness = self._synchronizer.finish()
         sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
         if sick:
             logging.warning(
@@ -334,9 +370,9 @@ class PSOSync(keras.callbacks.Callback):
                 sick,
                 self.num_syncs - 1,
             )
-        self._synced_steps = self._steps
         if self._resumption:
-            self._resumption.note_sync(self._place(), preempted=wish == _GO_AWAY)
+            preempted = self._synchronizer.wish == _GO_AWAY
+            self._resumption.note_sync(self._place(), preempted)
         self.sync_seconds += time.perf_counter() - start
 
     def _wish(self):
@@ -364,6 +400,7 @@ class PSOSync(keras.callbacks.Callback):
             "non_trainable": self.non_trainable,
             "optimizer_slots": self.optimizer_slots,
             "payload_dtype": payload,
+            "delay": self.delay,
             "backups": self._resumption and self._resumption.settings,
             "epochs": (self.params or {}).get("epochs"),
             "local particles": len(model.distribute_strategy.extended.worker_devices),

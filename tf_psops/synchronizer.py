@@ -5,7 +5,15 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from tf_psops import _private_api, collectives, ledger, packing
+from tf_psops import (
+    _private_api,
+    collectives,
+    compiling,
+    health,
+    ledger,
+    packing,
+    transfer,
+)
 from tf_psops.rules import rule as rule_lib
 
 # The calls of `Collectives`.
@@ -14,14 +22,11 @@ _BEGIN, _REPORT, _EXCHANGE, _AVERAGE, _SCORE, _HEALTH, _CLOSE, _TELL = range(8)
 # What a swarm has of its past besides the particles.
 _PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
 
-_FAR = 100.0
-_PIECE = 1 << 18
-
 
 class Synchronizer:
     """Moves the particles of a swarm by a rule.
 
-    All workers must take part in `begin`, `synchronize`, `any_worker` and `close`.
+    All workers must take part in `begin`, `start`, `finish`, `tell` and `close`.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -31,6 +36,7 @@ class Synchronizer:
         average_slots: Whether the optimizer's slots are averaged.
         payload_dtype: The name of the float type in which the vector of a
             synchronisation travels, or `None` for that of the weights.
+        delayed: Whether particles may take local steps between `start` and `finish`.
     """
 
     def __init__(
@@ -41,8 +47,11 @@ class Synchronizer:
         average_non_trainable,
         average_slots,
         payload_dtype=None,
+        delayed=False,
     ):
         self._rule = rule
+        self._delayed = delayed
+        self._under_way = None
         self._devices = strategy.extended.worker_devices
         self._collectives = collectives.Collectives(
             self._devices,
@@ -75,9 +84,9 @@ class Synchronizer:
         self._state = pack(*(state if average_non_trainable else []))
         self._rule_state, self._vector, self._agreed_state = self._make_state(strategy)
         self._tensor_ids = self._on_devices(lambda _: self._weights.tensor_ids())
-        self._trial = compiled(self._rule_trial)
-        self._move = compiled(self._rule_move)
-        self._agreed = compiled(self._rule_agreed)
+        self._trial = compiling.compiled(self._rule_trial)
+        self._move = compiling.compiled(self._rule_move)
+        self._agreed = compiling.compiled(self._rule_agreed)
         self._apart = False
         self._sent = None
         self.wish = 0
@@ -102,6 +111,7 @@ class Synchronizer:
         Args:
             row: Three numbers of this worker, the same for all of its particles.
         """
+        self._wait()
         return self._tell(tf.constant(row, tf.float64)).numpy()
 
     @tf.function(autograph=False)
@@ -175,6 +185,7 @@ class Synchronizer:
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
         self.num_sick = 0
+        self.drop()
         if self._apart:  # An earlier training was cut short.
             self._show_agreed()
         self._begin()
@@ -202,9 +213,8 @@ class Synchronizer:
         values = [variable.read_value() for variable in variables]
         table, *brought = self._report(tf.constant(0, tf.float64))
         healthy = tf.zeros([table.shape[0]], table.dtype)
-        self._exchange(
-            *brought, healthy, tf.constant(0), tf.constant(True), tf.constant(0)
-        )
+        self._begin_transfer(brought, healthy, tf.constant(0), tf.constant(True))
+        self._settle(*self._end_transfer(), tf.constant(0))
         self._take_back(self._show_agreed())
         self._close(take_mean)
         for variable, value in zip(variables, values):
@@ -215,6 +225,7 @@ class Synchronizer:
 
         For weights that the user has set. No collective runs.
         """
+        self.drop()
         self._rest_all()
         self._sent = None
 
@@ -256,14 +267,21 @@ class Synchronizer:
         return bool(self.tell([flag, 0, 0])[:, 0].any())
 
     def synchronize(self, wish=0):
-        """Moves all particles once.
+        """Moves all particles once; see `start` and `finish`."""
+        self.start(wish)
+        return self.finish()
+
+    @property
+    def is_under_way(self):
+        """Returns whether a synchronisation has been started and not finished."""
+        return self._under_way is not None
+
+    def start(self, wish=0):
+        """Lets what the particles bring to a synchronisation travel.
 
         Args:
             wish: A number that this worker tells the others. The largest of all is then
                 in `wish`.
-
-        Returns:
-            The fitness of every particle, a NumPy array [W].
 
         Raises:
             FloatingPointError: If no particle is in good health.
@@ -279,19 +297,17 @@ class Synchronizer:
                 f"synchronisation {self.num_syncs}. Received the losses "
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
-        sick = _sick(fitness, distances)
+        sick = health.are_sick(fitness, distances)
         self.num_sick += int(sick.sum())
         fitness = np.where(sick, np.inf, fitness)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
-        finite = self._exchange(
-            *brought,
+        self._begin_transfer(
+            brought,
             tf.constant(fitness),
             tf.constant(root),
             tf.constant(news != self._sent),
-            tf.constant(self.num_syncs),
         )
-        self._check_finite(finite, "move")
         scores = self._rule.num_trials and 1 + self._rule.num_trials
         scalars = (table.shape[1] + scores) * self.num_particles
         self.bytes_moved += scalars * table.dtype.size
@@ -299,8 +315,44 @@ class Synchronizer:
         if self._rule.exchange == "mean" or news != self._sent:
             self.bytes_moved += self._weights.size * self._payload.size
         self._sent = news
+
+    def finish(self):
+        """Waits for what travels, and moves the particles by it.
+
+        A particle that has gone on since `start` keeps that way, from where it is put.
+
+        Returns:
+            The fitness of every particle, a NumPy array [W].
+
+        Raises:
+            FloatingPointError: If the rule gives a position that is not finite.
+        """
+        settled = self._end_transfer()
+        self._check_finite(self._settle(*settled, tf.constant(self.num_syncs)), "move")
         self.num_syncs += 1
-        return fitness
+        return settled[0].numpy()
+
+    def drop(self):
+        """Forgets a synchronisation that is under way; its transfer ends first."""
+        if self.is_under_way:
+            self._end_transfer()
+
+    def _begin_transfer(self, brought, fitness, root, is_news):
+        positions, offers, states = brought
+        moving = transfer.Transfer(
+            lambda: self._travel(offers, fitness, root, is_news),
+            in_background=self._delayed,
+        )
+        self._under_way = (fitness, positions, states), moving
+
+    def _end_transfer(self):
+        (known, moving), self._under_way = self._under_way, None
+        return *known, *moving.result()
+
+    def _wait(self):
+        """Waits for what travels: nothing else may meanwhile."""
+        if self.is_under_way:
+            self._under_way[1].result()
 
     def meet(self):
         """Makes sure that, in training, all workers end an epoch or evaluate at once.
@@ -310,6 +362,7 @@ class Synchronizer:
         """
         if self._apart and self._strategy.num_workers > 1:
             with self._strategy.meeting("the end of an epoch, or an evaluation"):
+                self._wait()
                 self._check_steps(self._meet().numpy()[:, 2])
 
     def _check_steps(self, steps):
@@ -404,7 +457,7 @@ class Synchronizer:
             position = self._weights.pack(replica)
             loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
             # Not finite either where an element of the position is not.
-            distance = _distance(position, self._vector[replica].read_value())
+            distance = health.distance(position, self._vector[replica].read_value())
             sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
             before = self._rule_state[replica]
@@ -417,7 +470,10 @@ class Synchronizer:
             row = [tf.cast(value, tf.float64) for value in (fitness, score)]
             row += [self._ledger.steps(replica), tf.cast(distance, tf.float64)]
             row += [wish]
-            return tf.stack(row), position, offer.vector, state
+            row = tf.stack(row)
+            with tf.control_dependencies([row]):
+                self._ledger.close(replica)
+            return row, position, offer.vector, state
 
         rows, *brought = zip(*self._on_devices(report))
         return self._collectives.gather(rows, _REPORT), *brought
@@ -432,13 +488,43 @@ class Synchronizer:
         return self._collectives.gather(self._on_devices(report), _REPORT)
 
     @tf.function(autograph=False)
-    def _exchange(self, positions, offers, states, fitness, root, is_news, sync):
-        """Lets one vector travel and moves the local particles by it.
+    def _travel(self, offers, fitness, root, is_news):
+        """Returns the vector that travels, the averaged state, and what went into it.
 
-        Returns whether each of them is at a finite position.
+        Each is a list with one for each device.
         """
         healthy = tf.math.is_finite(fitness)
-        mine = healthy[self._collectives.first_particle :]
+        own = self._on_devices(self._averaged.pack)
+        mean = self._collectives.mean
+        rounded = self._payload != self._dtype
+        if self._rule.exchange == "mean" and not rounded:
+            return *self._mean_of_both(offers, own, healthy, _EXCHANGE), own
+        averaged = mean(own, healthy, _AVERAGE) if self._averaged.size else own
+        last = [vector.read_value() for vector in self._vector]
+        if rounded:  # What travels is the way from the last one, which is short.
+            offers = self._on_devices(lambda r: offers[r] - last[r])
+        if self._rule.exchange == "mean":
+            vectors = mean(offers, healthy, _EXCHANGE, self._payload)
+        else:
+            vectors = tf.cond(
+                is_news,
+                lambda: self._collectives.broadcast(
+                    offers, root, _EXCHANGE, self._payload
+                ),
+                lambda: [tf.zeros_like(v) if rounded else tf.identity(v) for v in last],
+            )
+        if rounded:
+            vectors = self._on_devices(lambda r: vectors[r] + last[r])
+        return vectors, averaged, own
+
+    @tf.function(autograph=False)
+    def _settle(self, fitness, positions, states, vectors, averaged, own, sync):
+        """Moves the local particles by what travelled.
+
+        Returns whether the rule gave each of them a finite position.
+        """
+        first = self._collectives.first_particle
+        mine = tf.math.is_finite(fitness)[first:]
         # What a sick particle remembers is from before it was sick.
         states = [
             tf.nest.map_structure(
@@ -450,17 +536,29 @@ class Synchronizer:
             )
             for replica in range(len(self._devices))
         ]
-        extras = self._on_devices(self._averaged.pack)
-        vectors, extras = self._travel(offers, extras, healthy, root, is_news)
+
+        def way(replica, packing, start):
+            """Returns how far a particle has gone on since the start."""
+            return tf.cond(
+                mine[replica],
+                lambda: packing.pack(replica) - start,
+                lambda: tf.zeros_like(start),
+            )
+
+        if self._delayed:
+            ways = self._on_devices(lambda r: way(r, self._weights, positions[r]))
 
         def learn(replica):
+            gone = way(replica, self._averaged, own[replica]) if self._delayed else 0
             self._vector[replica].assign(vectors[replica])
-            self._averaged.unpack(replica, extras[replica])
+            self._averaged.unpack(replica, averaged[replica])
             self._agreed_state[replica].assign(self._state.pack(replica))
+            if self._delayed:
+                self._averaged.unpack(replica, averaged[replica] + gone)
             news = rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, self._dtype),
-                particle=self._collectives.first_particle + replica,
+                particle=first + replica,
                 sync=sync,
             )
             factors = self._rule.factors(news, len(self._weights.sizes))
@@ -482,36 +580,13 @@ class Synchronizer:
                 states[replica], position, news[replica], self._tensor_ids[replica]
             )
             _assign(self._rule_state[replica], state)
+            finite = health.is_finite(position)
+            if self._delayed:
+                position += ways[replica]
             self._weights.unpack(replica, position)
-            self._ledger.close(replica)
-            return _is_finite(position)
+            return finite
 
         return self._on_devices(move)
-
-    def _travel(self, offers, extras, healthy, root, is_news):
-        """Returns the vector that travels and the averaged state, on each device."""
-        mean = self._collectives.mean
-        rounded = self._payload != self._dtype
-        if self._rule.exchange == "mean" and not rounded:
-            return self._mean_of_both(offers, extras, healthy, _EXCHANGE)
-        if self._averaged.size:
-            extras = mean(extras, healthy, _AVERAGE)
-        last = [vector.read_value() for vector in self._vector]
-        if rounded:  # What travels is the way from the last one, which is short.
-            offers = self._on_devices(lambda r: offers[r] - last[r])
-        if self._rule.exchange == "mean":
-            vectors = mean(offers, healthy, _EXCHANGE, self._payload)
-        else:
-            vectors = tf.cond(
-                is_news,
-                lambda: self._collectives.broadcast(
-                    offers, root, _EXCHANGE, self._payload
-                ),
-                lambda: [tf.zeros_like(v) if rounded else tf.identity(v) for v in last],
-            )
-        if rounded:
-            vectors = self._on_devices(lambda r: vectors[r] + last[r])
-        return vectors, extras
 
     def _heal(self, replica, vector):
         for variables, fresh in self._slots:
@@ -608,7 +683,7 @@ class Synchronizer:
         def take(replica):
             self._weights.unpack(replica, positions[replica])
             self._left_apart.unpack(replica, states[replica])
-            return _is_finite(positions[replica])
+            return health.is_finite(positions[replica])
 
         return self._on_devices(take)
 
@@ -637,72 +712,10 @@ class Synchronizer:
         return results
 
 
-def compiled(function):
-    """Returns a function of nests of tensors as XLA compiles it.
-
-    What it only hands on, or gives twice, is left to TensorFlow: XLA would copy it.
-    """
-    places = None
-
-    @tf.function(jit_compile=True, autograph=False)
-    def compute(args):
-        nonlocal places
-        tensors = tf.nest.flatten(args)
-        num_given = len(tensors)
-
-        def place(result):
-            for number, tensor in enumerate(tensors):
-                if tensor is result:
-                    return number
-            tensors.append(result)
-            return len(tensors) - 1
-
-        places = tf.nest.map_structure(place, function(*args))
-        return tensors[num_given:]
-
-    def call(*args):
-        computed = compute(args)
-        tensors = [*tf.nest.flatten(args), *computed]
-        return tf.nest.map_structure(tensors.__getitem__, places)
-
-    return call
-
-
-def _sick(fitness, distances):
-    """Returns which particles are out of order, [W]: not finite, or far from the rest.
-
-    Far is a hundred times the distance that the others have moved, by the lower median,
-    with a loss above theirs: a particle that diverges, before it is NaN.
-    """
-    finite = np.isfinite(fitness)
-    middle = np.percentile(distances[finite], 50, method="lower")
-    loss = np.percentile(fitness[finite], 50, method="lower")
-    with np.errstate(invalid="ignore"):
-        far = (distances > _FAR * middle) & (fitness > loss) & (middle > 0)
-    return ~finite | far
-
-
 def _fresh(slot):
     """Returns the number that a slot holds before training, 0 after it has begun."""
     values = slot.numpy().ravel()
     return float(values[0]) if values.size and (values == values[0]).all() else 0.0
-
-
-def _distance(one, other):
-    """Returns the Euclidean distance of two vectors."""
-    # In pieces that stay in the cache: whole, it takes three times as long.
-    squares = [
-        tf.reduce_sum(
-            tf.math.squared_difference(one[i : i + _PIECE], other[i : i + _PIECE])
-        )
-        for i in range(0, one.shape[0], _PIECE)
-    ]
-    return tf.sqrt(tf.add_n(squares))
-
-
-def _is_finite(vector):
-    # By a sum, which reads the vector once and keeps no copy.
-    return tf.math.is_finite(tf.reduce_sum(vector))
 
 
 def _assign(variables, values):

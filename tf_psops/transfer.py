@@ -1,0 +1,36 @@
+"""A transfer between the workers, which training need not wait for."""
+
+import threading
+
+
+class Transfer:
+    """Runs a function, at once or while the caller goes on.
+
+    Args:
+        function: A function without arguments.
+        in_background: Whether the caller goes on meanwhile.
+    """
+
+    def __init__(self, function, in_background):
+        self._function = function
+        self._result = self._error = None
+        # A daemon: a process may end although another worker never comes.
+        self._thread = threading.Thread(target=self._run, daemon=True)
+        if in_background:
+            self._thread.start()
+        else:
+            self._result = function()
+
+    def result(self):
+        """Returns what the function returned, or raises what it raised."""
+        if self._thread.ident:
+            self._thread.join()
+        if self._error:
+            raise self._error
+        return self._result
+
+    def _run(self):
+        try:
+            self._result = self._function()
+        except BaseException as error:
+            self._error = error
