@@ -30,20 +30,15 @@ import importlib.util
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import pathlib
 import socket
 import statistics
-import threading
 import time
-import traceback
-from multiprocessing import connection
 from typing import NamedTuple
 
 from absl import app, flags, logging
 
-from benchmarks import common_flags
+from benchmarks import common_flags, processes
 
 
 # Imported by the workers only, so that each loads TensorFlow or PyTorch, not both.
@@ -68,7 +63,6 @@ _RIVALS = ("gloo_averager", "all_gather")
 
 _NUM_TENSORS = 60
 _WARM_UP_ROUNDS = 2
-_SECONDS = 180
 
 # The largest ratio of a side to a rival, by millions of parameters and workers.
 _SIZES = ((1, 2), (1, 4), (10, 2), (10, 4), (25, 2), (25, 4))
@@ -184,8 +178,13 @@ def cluster(params, num_workers, sides):
         for make, members in _FAMILIES.items():
             names = [side for side in sides if side in members]
             if names:
-                family = _Family(make, names, shapes, num_workers)
+                links = _links(num_workers)
+                family = processes.Processes(
+                    _serve, [(make, names, shapes, link) for link in links]
+                )
                 stack.callback(family.kill)
+                for end in itertools.chain(*(link.sockets for link in links)):
+                    end.close()
                 families.update(dict.fromkeys(names, family))
         for family in set(families.values()):
             family.receive()
@@ -258,62 +257,6 @@ def table(records):
     return "\n".join(lines)
 
 
-class _Family:
-    """The processes, one for each worker, in which some sides live."""
-
-    def __init__(self, make, sides, shapes, num_workers):
-        spawn = multiprocessing.get_context("spawn")
-        # The workers find it by a name that is gone with the last reference here.
-        self._barrier = spawn.Barrier(num_workers, timeout=_SECONDS)
-        self._pipes, self._processes = [], []
-        for links in _links(num_workers):
-            pipe, far_end = spawn.Pipe()
-            process = spawn.Process(
-                target=_work,
-                args=(far_end, self._barrier, make, sides, shapes, links),
-                daemon=True,
-            )
-            process.start()
-            self._pipes.append(pipe)
-            self._processes.append(process)
-            for end in (far_end, *links.sockets):
-                end.close()
-
-    def ask(self, *question):
-        """Asks all workers the same, and returns what they answer."""
-        for pipe in self._pipes:
-            with contextlib.suppress(BrokenPipeError):  # What it said last is read.
-                pipe.send(question)
-        return self.receive()
-
-    def receive(self):
-        """Returns what each worker has to say."""
-        deadline = time.monotonic() + _SECONDS
-        answers = {}
-        while len(answers) < len(self._pipes):
-            pending = [pipe for pipe in self._pipes if pipe not in answers]
-            ready = connection.wait(pending, deadline - time.monotonic())
-            if not ready:
-                raise TimeoutError(f"A worker has not answered for {_SECONDS} s.")
-            for pipe in ready:
-                try:
-                    error, answers[pipe] = pipe.recv()
-                except (EOFError, ConnectionError):
-                    error = "It died."
-                if error:
-                    raise RuntimeError(
-                        f"Worker {self._pipes.index(pipe)} failed.\n{error}"
-                    )
-        return [answers[pipe] for pipe in self._pipes]
-
-    def kill(self):
-        for process in self._processes:
-            process.kill()
-        for process, pipe in zip(self._processes, self._pipes):
-            process.join()
-            pipe.close()
-
-
 def _links(num_workers):
     """Returns the `Links` of each worker, on loopback."""
     with contextlib.ExitStack() as stack:
@@ -327,21 +270,15 @@ def _links(num_workers):
         first = [listeners[0].accept()[0] for _ in theirs]
     addresses = [f"{host}:{port}" for host, port in places]
     sockets = [first, *([other] for other in theirs)]
-    return [Links(rank, addresses, s, _SECONDS) for rank, s in enumerate(sockets)]
+    return [
+        Links(rank, addresses, s, processes.SECONDS) for rank, s in enumerate(sockets)
+    ]
 
 
-def _work(pipe, barrier, make, names, shapes, links):
-    """Is what a worker's process does."""
-    threading.Thread(target=_die_with_controller, daemon=True).start()
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read while TensorFlow loads.
-    try:
-        sides = make(names, shapes, links)
-        pipe.send((None, None))
-        while True:
-            name, number = pipe.recv()
-            pipe.send((None, _take_part(sides[name], number, barrier, links)))
-    except BaseException:
-        pipe.send((traceback.format_exc(), None))
+def _serve(barrier, make, names, shapes, links):
+    """Makes a worker's part of some sides, and returns what runs a round of one."""
+    sides = make(names, shapes, links)
+    return lambda name, number: _take_part(sides[name], number, barrier, links)
 
 
 def _take_part(side, number, barrier, links):
@@ -355,11 +292,6 @@ def _take_part(side, number, barrier, links):
     seconds = time.perf_counter() - start
     lows, highs = zip(*((values.min(), values.max()) for values in side.weights()))
     return seconds, (float(min(lows)), float(max(highs)))
-
-
-def _die_with_controller():
-    multiprocessing.parent_process().join()
-    os._exit(1)
 
 
 def main(argv):

@@ -81,7 +81,7 @@ class SyncStepTest(absltest.TestCase):
         family = mock.Mock()
         family.ask.return_value = [(0.1, (1.0, 1.0)), (0.1, (1.0, 2.0))]
         with (
-            mock.patch.object(sync_step, "_Family", return_value=family),
+            mock.patch.object(sync_step.processes, "Processes", return_value=family),
             sync_step.cluster(60, 2, ["tcp"]) as run,
             self.assertRaisesRegex(RuntimeError, "tcp do not agree after round 3"),
         ):
