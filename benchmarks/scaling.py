@@ -1,0 +1,305 @@
+r"""Measures how training scales with workers, intervals and networks, against SSGD.
+
+```bash
+python -m benchmarks.scaling --workers=2 --sync_every=10,50 --networks=loopback,100mbit
+```
+
+Real processes on this machine train a LeNet on images of MNIST's shape, 32 a step and
+worker, with Keras' `fit`. The sides take turns in the same processes, run by run:
+
+  * psops: `PSOSync(n)` with its default rule, for each interval n.
+  * ssgd: synchronous SGD, by the same strategy with `share_gradients=True`.
+  * local: the same strategy without any synchronisation.
+
+Runs of a side that communicates at every step are a quarter as long. A run begins on
+all workers at once, after a few steps to warm up, and holds whole intervals; the
+slowest worker's time counts. The ratios are medians of those in each round.
+
+Networks other than loopback put each worker on a cable of its own to a switch, with a
+token bucket on its way out; see `benchmarks.slow_network`. Where there are not the
+rights to do so, they are skipped. The rate printed is that of a bare TCP transfer
+between two of the workers, the bytes are what a worker's cable took, headers included.
+
+All workers share this machine's processors. With more workers than processors the
+samples per second stop growing for all sides alike: compare the sides, not the numbers
+of workers.
+"""
+
+import contextlib
+import itertools
+import json
+import pathlib
+import re
+import socket
+import statistics
+import time
+
+from absl import app, flags, logging
+
+from benchmarks import common_flags, processes, slow_network
+
+_RIVALS = ("local", "ssgd")
+# The least ratio of psops to a rival, by interval, workers and network.
+_GOALS = {(50, 2, "loopback", "local"): 0.97, (50, 2, "100mbit", "ssgd"): 5}
+_BATCH_SIZE = 32
+_PROBE_SECONDS = 0.5
+
+_WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
+_SYNC_EVERY = flags.DEFINE_list("sync_every", ["1", "10", "50"], "Intervals of psops.")
+_NETWORKS = flags.DEFINE_list(
+    "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
+)
+_STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
+_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the records.")
+
+for _flag, _lowest in ((_WORKERS, 2), (_SYNC_EVERY, 1)):
+    flags.register_validator(
+        _flag.name,
+        lambda texts, lowest=_lowest: (
+            texts and all(t.isdigit() and int(t) >= lowest for t in texts)
+        ),
+        message=f"Expected whole numbers of at least {_lowest}, separated by commas.",
+    )
+flags.register_validator(
+    "networks",
+    lambda names: (
+        names and all(re.fullmatch("loopback|[1-9][0-9]{0,4}[mg]bit", n) for n in names)
+    ),
+    message="Expected loopback or rates such as 100mbit and 1gbit.",
+)
+
+
+def _mbit(network):
+    """Returns the megabits a second that a network is to let through, or `None`."""
+    if network == "loopback":
+        return None
+    return int(network[:-4]) * {"m": 1, "g": 1000}[network[-4]]
+
+
+def available(networks):
+    """Returns those networks that can be had here, and warns of the others."""
+    limited = [network for network in networks if _mbit(network)]
+    why_not = slow_network.obstacle() if limited else None
+    if not why_not:
+        return list(networks)
+    logging.warning(
+        "Skipped %s: a network of a chosen rate needs Linux, root's rights and "
+        "iproute2. The attempt to set one up said: %s",
+        " and ".join(limited),
+        why_not,
+    )
+    return [network for network in networks if network not in limited]
+
+
+@contextlib.contextmanager
+def cluster(num_workers, network, sides):
+    """Starts workers that train.
+
+    Args:
+        num_workers: W, at least 2.
+        network: "loopback", or a rate such as "100mbit".
+        sides: Pairs of "psops" and its interval, or of "ssgd" or "local" and `None`.
+
+    Yields:
+        The megabits a second that went from one worker to another when nothing else
+        did, and a function of a side and a number of steps. That trains, and returns
+        the seconds of each worker, and the bytes that each sent, `None` on loopback.
+        It raises a `RuntimeError` if a worker fails, and a `TimeoutError` if one is
+        late.
+    """
+    mbit = _mbit(network)
+    with contextlib.ExitStack() as stack:
+        workers = processes.Processes(_Worker, [(i, mbit) for i in range(num_workers)])
+        stack.callback(workers.kill)
+        workers.receive()
+        if mbit:
+            switch = slow_network.switch()
+            stack.callback(switch.kill)
+            switch.receive()
+            switch.ask(workers.pids)
+        addresses = workers.ask("join")
+        measured_mbit = workers.ask("receive_or_send", addresses)[0]
+        workers.ask("make_sides", addresses, sides)
+
+        def train(side, steps):
+            return tuple(zip(*workers.ask("train", side, steps)))
+
+        yield measured_mbit, train
+
+
+class _Worker:
+    """A worker's process. Its methods are what it can be asked."""
+
+    def __init__(self, barrier, rank, mbit):
+        self._barrier, self._rank, self._mbit = barrier, rank, mbit
+        if mbit:
+            slow_network.leave()
+
+    def __call__(self, name, *args):
+        return getattr(self, name)(*args)
+
+    def join(self):
+        """Returns its address, at which it listens."""
+        host = "127.0.0.1"
+        if self._mbit:
+            host = slow_network.join(self._rank, self._mbit)
+        self._listener = socket.create_server((host, 0))
+        self._listener.settimeout(processes.SECONDS)
+        return "{}:{}".format(*self._listener.getsockname())
+
+    def receive_or_send(self, addresses):
+        """Sends for a while if it is the second worker.
+
+        Returns:
+            The megabits a second that came in, if it is the first worker.
+        """
+        if self._rank == 0:
+            connection, _ = self._listener.accept()
+            with connection:
+                connection.settimeout(processes.SECONDS)
+                start, size = time.perf_counter(), 0
+                while chunk := connection.recv(2**20):
+                    size += len(chunk)
+                return 8e-6 * size / (time.perf_counter() - start)
+        if self._rank == 1:
+            host, port = addresses[0].split(":")
+            place = host, int(port)
+            with socket.create_connection(place, processes.SECONDS) as connection:
+                deadline = time.perf_counter() + _PROBE_SECONDS
+                while time.perf_counter() < deadline:
+                    connection.sendall(bytes(2**16))
+        return None
+
+    def make_sides(self, addresses, sides):
+        self._listener.close()  # TensorFlow takes the port.
+        # TensorFlow must not load before the process is where it stays.
+        from benchmarks import training_sides
+
+        self._sides = training_sides.make(self._rank, addresses, sides, _BATCH_SIZE)
+
+    def train(self, side, steps):
+        """Returns the seconds that it took, and the bytes that were sent."""
+        marks = []
+
+        def mark():
+            if not marks:
+                self._barrier.wait()
+            sent = slow_network.bytes_sent() if self._mbit else None
+            marks.append((time.perf_counter(), sent))
+
+        self._sides[side](steps, mark)
+        (start, before), (end, after) = marks
+        return end - start, after - before if self._mbit else None
+
+
+def measure(
+    num_workers, network="loopback", sync_every=(1, 10, 50), steps=100, repeats=9
+):
+    """Measures the samples per second of each side.
+
+    Args:
+        num_workers: The number of workers, at least 2.
+        network: "loopback", or a rate such as "100mbit". Defaults to "loopback".
+        sync_every: The intervals of psops. Defaults to 1, 10 and 50.
+        steps: Steps in each timed run, or somewhat more, for whole intervals.
+            Defaults to 100.
+        repeats: Timed runs of each side, alternating. Defaults to 9.
+
+    Returns:
+        A list of dicts, one for each side: "side", "workers", "sync_every" (`None`
+        but for psops), "network", "measured_mbit", "samples_per_second" (the median
+        of those of the whole swarm), "min_samples_per_second",
+        "max_samples_per_second", "to_local" and "to_ssgd" (median ratios), and
+        "bytes_per_step", sent by each worker (`None` on loopback).
+    """
+    # Neighbours have a goal together: other work on the machine is to hit both.
+    sides = [("ssgd", None), *(("psops", n) for n in sync_every), ("local", None)]
+    rates, sizes = {side: [] for side in sides}, {side: [] for side in sides}
+    with cluster(num_workers, network, sides) as (measured_mbit, train):
+        for repeat in range(repeats + 1):
+            for side in sides:
+                length = _num_steps(side, steps)
+                seconds, sent = train(side, length)
+                if repeat:  # The first round traces.
+                    samples = num_workers * _BATCH_SIZE * length
+                    rates[side].append(samples / max(seconds))
+                    if _mbit(network):
+                        sizes[side].append(sum(sent) / num_workers / length)
+    return [
+        {
+            "side": side[0],
+            "workers": num_workers,
+            "sync_every": side[1],
+            "network": network,
+            "measured_mbit": measured_mbit,
+            "samples_per_second": statistics.median(rates[side]),
+            "min_samples_per_second": min(rates[side]),
+            "max_samples_per_second": max(rates[side]),
+            **{
+                f"to_{rival}": statistics.median(
+                    a / b for a, b in zip(rates[side], rates[rival, None])
+                )
+                for rival in _RIVALS
+            },
+            "bytes_per_step": statistics.median(sizes[side]) if sizes[side] else None,
+        }
+        for side in sides
+    ]
+
+
+def _num_steps(side, steps):
+    name, sync_every = side
+    if name == "ssgd" or sync_every == 1:
+        return -(-steps // 4)
+    interval = sync_every or 1
+    return -(-steps // interval) * interval
+
+
+def table(records):
+    """Returns the text for the records of one `measure`, with ratios and goals."""
+    workers, network = records[0]["workers"], records[0]["network"]
+    lines = [
+        f"{workers} workers, {network} ({records[0]['measured_mbit']:.1f} Mbit/s "
+        "measured): samples per second of all workers",
+        f"{'side':6} {'every':>5} {'median':>8} {'lowest':>8} {'highest':>8}"
+        f" {'KB a step':>10}" + "".join(f"{'/ ' + rival:>19}" for rival in _RIVALS),
+    ]
+    for record in records:
+        sync_every, size = record["sync_every"], record["bytes_per_step"]
+        line = f"{record['side']:6} {sync_every or '':5}" + "".join(
+            f" {record[prefix + 'samples_per_second']:8.0f}"
+            for prefix in ("", "min_", "max_")
+        )
+        line += f" {'' if size is None else f'{size / 1000:.1f}':>10}"
+        for rival in _RIVALS:
+            goal = _GOALS.get((sync_every, workers, network, rival))
+            ratio = f"{record[f'to_{rival}']:.3f}"
+            line += f"{ratio + (f' (goal {goal})' if goal else ''):>19}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def main(argv):
+    """Prints a table for each number of workers and network, and writes the records."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
+    records = []
+    for network, workers in itertools.product(
+        available(_NETWORKS.value), _WORKERS.value
+    ):
+        measured = measure(
+            int(workers),
+            network,
+            [int(interval) for interval in _SYNC_EVERY.value],
+            _STEPS.value,
+            common_flags.REPEATS.value,
+        )
+        print(table(measured), flush=True)
+        records += measured
+        if _OUTPUT_JSON.value:
+            text = json.dumps(records, indent=2)
+            pathlib.Path(_OUTPUT_JSON.value).write_text(text)
+
+
+if __name__ == "__main__":
+    app.run(main)
