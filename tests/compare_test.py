@@ -170,18 +170,21 @@ class CostsTest(tf.test.TestCase):
 class MethodsTest(tf.test.TestCase):
     def test_arguments_reach_the_rule_and_the_callback(self):
         text = (
-            "ssgd, pso( tolerance=0,inertia=(.5,)), average(optimizer_slots='average')"
+            "ssgd, pso( tolerance=0,inertia=(.5,),delay=3), "
+            "average(optimizer_slots='average')"
         )
         methods = comparison.parse_methods(text)
         self.assertEqual(
             methods,
-            ["ssgd", "pso(tolerance=0, inertia=(0.5,))"]
+            ["ssgd", "pso(tolerance=0, inertia=(0.5,), delay=3)"]
             + ["average(optimizer_slots='average')"],
         )
         ssgd, pso, average = map(comparison.make_sync, methods)
         self.assertIsNone(ssgd)
         self.assertEqual((pso.rule.tolerance, pso.rule.inertia), (0.0, (0.0, 0.5)))
-        self.assertEqual(pso.optimizer_slots, "local")
+        self.assertEqual((pso.optimizer_slots, pso.delay), ("local", 3))
+        with self.assertRaisesRegex(ValueError, "delay=3"):
+            comparison.make_sync(methods[1], 3)
         self.assertIsInstance(average.rule, tf_psops.ParameterAverage)
         self.assertEqual(average.optimizer_slots, "average")
 

@@ -245,7 +245,10 @@ def _train_in_cluster(folder, wait_at=None):
                 time.sleep(100)
 
     data = tf.data.Dataset.from_tensor_slices(_examples(160)).batch(8).repeat()
-    callbacks = [tf_psops.PSOSync(4, backup_dir=folder, backup_every=1), Wait()]
+    callbacks = [
+        tf_psops.PSOSync(4, delay=2, backup_dir=folder, backup_every=1),
+        Wait(),
+    ]
     model.fit(data, epochs=3, steps_per_epoch=10, verbose=0, callbacks=callbacks)
     return [value.tolist() for value in model.get_weights()]
 
@@ -264,7 +267,7 @@ class ResumeInClusterTest(tf.test.TestCase):
             for pid in cluster.pids:
                 os.kill(pid, signal.SIGKILL)
         # As if one worker had been killed while it wrote its newest backup.
-        newest = pathlib.Path(folder, "fit-0", "sync-4-particle-1.npz")
+        newest = pathlib.Path(folder, "fit-0", "sync-3-particle-1.npz")
         newest.rename(newest.parent / ".particle-1.unfinished")
         self.assertEqual(clusters.run(_train_in_cluster, 2, folder), expected)
         self.assertEmpty(list(pathlib.Path(folder).glob("*/.*")))

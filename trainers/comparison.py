@@ -4,6 +4,7 @@ import ast
 import functools
 import inspect
 import json
+import sys
 import time
 from typing import NamedTuple
 
@@ -55,11 +56,12 @@ def parse_methods(text):
     return methods
 
 
-def make_sync(method):
+def make_sync(method, interval=sys.maxsize):
     """Returns the `PSOSync` of a method, `None` for "local" and "ssgd".
 
     Args:
         method: A string as from `parse_methods`.
+        interval: Local steps between synchronisations. Defaults to any number.
     """
     call = ast.parse(method, mode="eval").body
     name = name_of(method)
@@ -77,7 +79,7 @@ def make_sync(method):
         return None
     of_sync = set(inspect.signature(tf_psops.PSOSync).parameters) & set(arguments)
     options = {argument: arguments.pop(argument) for argument in of_sync}
-    return tf_psops.PSOSync(1, RULES[name](**arguments), **options)
+    return tf_psops.PSOSync(interval, RULES[name](**arguments), **options)
 
 
 def name_of(method):
@@ -177,7 +179,6 @@ class Comparison:
         curve = _Curve(every=max(1, steps // 50))
         callbacks = [curve, particle_evaluation]
         if sync is not None:
-            sync.sync_every = cell.interval
             callbacks.append(sync)
         start = time.perf_counter()
         network.fit(
@@ -222,7 +223,7 @@ class Comparison:
 
     def _compile(self, cell, steps):
         """Returns the compiled network and its `PSOSync`; alike cells share them."""
-        key = (cell.method, cell.learning_rate, steps)
+        key = (cell.method, cell.interval, cell.learning_rate, steps)
         if key not in self._compiled:
             self._compiled.clear()
             keras.backend.clear_session()
@@ -238,7 +239,7 @@ class Comparison:
                     optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
                     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 )
-            self._compiled[key] = network, make_sync(cell.method)
+            self._compiled[key] = network, make_sync(cell.method, cell.interval)
         return self._compiled[key]
 
     def _build(self, seed):
