@@ -17,7 +17,7 @@ from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
-from tf_psops import meeting
+from tf_psops import collectives, meeting
 
 _EVERY, _STEPS, _EPOCHS = 3, 7, 3
 _ROWS = 2  # Of one particle in one step.
@@ -334,10 +334,16 @@ class MeetingTest(tf.test.TestCase, parameterized.TestCase):
             raise raised
         self.assertIs(context.exception.__cause__, raised)
 
-    def test_error_of_a_wire_that_is_cut(self):
+    @parameterized.parameters(
+        (tf.errors.AbortedError, "aborted by: a reason", r"\(a reason\)"),
+        (tf.errors.DeadlineExceededError, "late", "has closed its"),
+    )
+    def test_error_of_a_wire_that_is_cut(self, kind, text, expected):
         self.strategy.is_cut_off = True
+        told = kind(None, None, text)
         with (
-            self.assertRaisesRegex(RuntimeError, "failed or is gone .*has closed its"),
+            mock.patch.object(collectives, "tell", side_effect=told),
+            self.assertRaisesRegex(RuntimeError, f"failed or is gone .*{expected}"),
             meeting.meeting(self.strategy, "a place"),
         ):
             text = "ConnectionError: Worker 1 has closed its connection."

@@ -66,9 +66,11 @@ class WireTest(parameterized.TestCase):
             self.assertLen(shares, workers)
             gathered = wire.gather(sum(shares), size)
             got = [wire.broadcast(vectors[index], root) for root in range(workers)]
-            return gathered, got
+            return gathered, got, wire.tell(vectors[index][:3])
 
-        for gathered, got in _run(workers, work):
+        told = np.concatenate([vector[:3] for vector in vectors])
+        for gathered, got, heard in _run(workers, work):
+            np.testing.assert_array_equal(heard, told)
             np.testing.assert_array_equal(gathered, sum(vectors))
             for one, vector in zip(got, vectors, strict=True):
                 self.assertEqual(one.dtype, dtype)

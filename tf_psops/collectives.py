@@ -5,8 +5,8 @@ take and give one tensor for each local device. Local replicas are joined on the
 worker first, so that one vector travels for each worker, however many replicas it
 has. All workers must call the same functions in the same order.
 
-Vectors go through the swarm's own `wire.Wire` where there is one, and else through
-TensorFlow's collectives (NCCL, ring); scalars always through TensorFlow's.
+They go through the swarm's own `wire.Wire` where there is one, and else through
+TensorFlow's collectives (NCCL, ring).
 """
 
 import itertools
@@ -32,7 +32,7 @@ class Collectives:
         num_workers: The number of workers in the cluster.
         worker_index: The place of this worker, from 0.
         options: A `tf.distribute.experimental.CommunicationOptions`.
-        wire: A `wire.Wire` for the vectors, or `None`.
+        wire: A `wire.Wire`, or `None` for TensorFlow's collectives.
     """
 
     def __init__(self, devices, num_workers, worker_index, options, wire=None):
@@ -63,6 +63,11 @@ class Collectives:
             table = tf.stack([tf.identity(row) for row in rows])
             if self._num_workers == 1:
                 return table
+            if self._wire:
+                told = tf.numpy_function(
+                    self._wire.tell, [tf.reshape(table, [-1])], table.dtype
+                )
+                return tf.reshape(told, [self.num_particles, table.shape[1]])
             # The order in which TensorFlow ranks the workers is its own affair.
             places = self.first_particle + tf.range(len(rows))
             labelled = tf.concat(
@@ -233,20 +238,27 @@ class Collectives:
         return tf.bitcast(got, piece.dtype)
 
 
-def tell(strategy, row):
+def tell(strategy, row, timeout=0):
     """Returns what every worker tells, a NumPy array [num_workers, K] of float64.
 
-    All workers must call it at the same time.
+    All workers must call it at the same time. It uses TensorFlow's collectives.
 
     Args:
         strategy: A `SwarmStrategy`.
         row: K numbers.
+        timeout: Seconds to wait for the others, for which TensorFlow keeps a thread.
+            Defaults to 0: that of `communication_options`.
     """
+    options = strategy.communication_options
+    if timeout:
+        options = tf.distribute.experimental.CommunicationOptions(
+            implementation=options.implementation, timeout_seconds=timeout
+        )
     group = Collectives(
         strategy.extended.worker_devices[:1],
         strategy.num_workers,
         strategy.worker_index,
-        strategy.communication_options,
+        options,
     )
     row = tf.constant(row, tf.float64)
     return tf.function(lambda: group.gather([row], 0))().numpy()

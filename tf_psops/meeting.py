@@ -12,6 +12,8 @@ import threading
 import keras
 import tensorflow as tf
 
+from tf_psops import collectives
+
 _ERRORS = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
@@ -19,6 +21,7 @@ _ERRORS = (
     tf.errors.FailedPreconditionError,
     tf.errors.UnavailableError,
 )
+_REASON_SECONDS = 2
 _REMEDY = (
     "The workers' collectives are at an end: start all workers again, from a backup if "
     "there is one."
@@ -65,6 +68,8 @@ def meeting(strategy, name):
                 "as many steps, evaluations and calls of `fit`, or wait longer with "
                 f"SwarmStrategy(timeout=...). {_REMEDY}"
             ) from error
+        if strategy.is_cut_off:
+            error = _reason(strategy) or error
         _, _, told = str(error).partition("aborted by: ")
         raise RuntimeError(
             f"Worker {strategy.worker_index} cannot go on at {name}, because another "
@@ -77,6 +82,16 @@ def meeting(strategy, name):
         raise
     finally:
         timer.cancel()
+
+
+def _reason(strategy):
+    """Returns the error that TensorFlow was told of before the wire was cut."""
+    try:
+        collectives.tell(strategy, [0], timeout=_REASON_SECONDS)
+    except tf.errors.AbortedError as error:
+        return error
+    except tf.errors.OpError:  # A worker that is gone told nobody.
+        return None
 
 
 @functools.cache
