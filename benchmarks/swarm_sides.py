@@ -26,7 +26,7 @@ def make(names, shapes, links):
 
     Args:
         names: Names of the sides: "psops", "psops_broadcast", "psops_all_reduce",
-            "all_gather".
+            each also with "/float16", and "all_gather".
         shapes: The shapes of the model's weights, all of them [size, size].
         links: A `benchmarks.sync_step.Links`.
 
@@ -39,10 +39,7 @@ def make(names, shapes, links):
     cluster = {"worker": links.addresses}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
     strategy = tf_psops.SwarmStrategy(
-        communication_options=tf.distribute.experimental.CommunicationOptions(
-            timeout_seconds=links.timeout
-        ),
-        startup_timeout=links.timeout,
+        startup_timeout=links.timeout, timeout=links.timeout
     )
     with strategy.scope():
         model = _Untrained(
@@ -58,7 +55,8 @@ def make(names, shapes, links):
         if name == "all_gather":
             sides[name] = _AllGather(strategy, model)
         else:
-            sides[name] = _Swarm(strategy, model, _RULES[name]())
+            rule, _, payload = name.partition("/")
+            sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
     return sides
 
 
@@ -87,10 +85,16 @@ class _Side:
 class _Swarm(_Side):
     """The synchronisation of this project, by a rule."""
 
-    def __init__(self, strategy, model, rule):
+    def __init__(self, strategy, model, rule, payload):
         super().__init__(strategy, model)
+        self._strategy = strategy
         self._synchronizer = synchronizer.Synchronizer(
-            strategy, model, rule, average_non_trainable=True, average_slots=True
+            strategy,
+            model,
+            rule,
+            average_non_trainable=True,
+            average_slots=True,
+            payload_dtype=payload,
         )
         x = tf.ones([1, *model.input_shape[1:]])
         self._step = tf.function(
@@ -105,7 +109,8 @@ class _Swarm(_Side):
         self._step(tf.constant([[loss]]))
 
     def sync(self):
-        self._synchronizer.synchronize()
+        with self._strategy.meeting("a round"):
+            self._synchronizer.synchronize()
 
 
 class _AllGather(_Side):

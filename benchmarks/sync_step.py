@@ -12,7 +12,7 @@ meanwhile:
   * psops: the whole synchronisation of `PSOSync` with its default rule, the scoring of
     trial positions included; psops_broadcast: with `ParticleSwarm`, where each time
     another particle has found a better best; psops_all_reduce: with
-    `ParameterAverage`.
+    `ParameterAverage`; each also with float16 on the wire.
   * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
     of which all take the best worker's.
   * gloo_averager: PyTorch's `PeriodicModelAverager`; gloo_broadcast: PyTorch's
@@ -54,12 +54,14 @@ def _make_peer_sides(*args):
     return peer_sides.make(*args)
 
 
+_SWARM_SIDES = ("psops", "psops_broadcast", "psops_all_reduce")
+_ROUNDED_SIDES = tuple(f"{side}/float16" for side in _SWARM_SIDES)
 _FAMILIES = {
-    _make_swarm_sides: ("psops", "psops_broadcast", "psops_all_reduce", "all_gather"),
+    _make_swarm_sides: (*_SWARM_SIDES, *_ROUNDED_SIDES, "all_gather"),
     _make_peer_sides: ("gloo_averager", "gloo_broadcast", "tcp"),
 }
 SIDES = tuple(itertools.chain(*_FAMILIES.values()))
-_RIVALS = ("gloo_averager", "all_gather")
+_RIVALS = ("gloo_averager", "all_gather", "float32")
 
 _NUM_TENSORS = 60
 _WARM_UP_ROUNDS = 2
@@ -72,6 +74,8 @@ _GOALS = {
         zip(_SIZES, (0.1, 0.1, 0.3, 0.2, 0.3, 0.2))
     ),
     ("psops_all_reduce", "gloo_averager"): dict(zip(_SIZES[2:], (1.3, 1.5, 1.3, 1.5))),
+    ("psops", "gloo_averager"): dict(zip(_SIZES[2:], (1.3, 1.5, 1.3, 1.5))),
+    ("psops_broadcast", "float32"): dict.fromkeys(_SIZES[2:], 0.75),
 }
 
 
@@ -222,10 +226,10 @@ def measure(params, num_workers, sides=SIDES, repeats=9):
                 times[side].append(1e3 * run(side, number).seconds)
     return [
         {
-            "side": side,
+            "side": side.partition("/")[0],
             "params": params,
             "workers": num_workers,
-            "payload": "float32",
+            "payload": side.partition("/")[2] or "float32",
             "median_ms": statistics.median(values[_WARM_UP_ROUNDS:]),
             "min_ms": min(values[_WARM_UP_ROUNDS:]),
             "max_ms": max(values[_WARM_UP_ROUNDS:]),
@@ -237,24 +241,34 @@ def measure(params, num_workers, sides=SIDES, repeats=9):
 def table(records):
     """Returns the text for the records of one `measure`, with ratios and goals."""
     params, workers = records[0]["params"], records[0]["workers"]
-    medians = {record["side"]: record["median_ms"] for record in records}
-    rivals = [rival for rival in _RIVALS if rival in medians]
+    medians = {_name(record): record["median_ms"] for record in records}
     lines = [
         f"{params} parameters, {workers} workers: milliseconds of a synchronisation",
-        f"{'side':16} {'median':>9} {'lowest':>9} {'highest':>9}"
-        + "".join(f"{'/ ' + rival:>24}" for rival in rivals),
+        f"{'side':24} {'median':>9} {'lowest':>9} {'highest':>9}"
+        + "".join(f"{'/ ' + rival:>18}" for rival in _RIVALS),
     ]
     for record in records:
-        line = f"{record['side']:16}" + "".join(
+        line = f"{_name(record):24}" + "".join(
             f" {record[key]:9.2f}" for key in ("median_ms", "min_ms", "max_ms")
         )
-        for rival in rivals:
-            ratio = f"{record['median_ms'] / medians[rival]:.3f}"
+        exact = record["payload"] == "float32"
+        for rival in _RIVALS:
+            # Of a rounded side only what rounding brings it.
+            other = record["side"] if rival == "float32" else rival
+            if other not in medians or exact == (rival == "float32"):
+                line += " " * 18
+                continue
+            ratio = f"{record['median_ms'] / medians[other]:.3f}"
             goals = _GOALS.get((record["side"], rival), {})
             goal = goals.get((params / 10**6, workers))
-            line += f"{ratio + (f' (goal {goal})' if goal else ''):>24}"
-        lines.append(line)
+            line += f"{ratio + (f' (goal {goal})' if goal else ''):>18}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def _name(record):
+    payload = record["payload"]
+    return record["side"] + (f"/{payload}" if payload != "float32" else "")
 
 
 def _links(num_workers):

@@ -50,7 +50,7 @@ def _gathered(particles, width=3):
     return [table, table + 0.25]
 
 
-def _mean(strategy, size, sick, payload=None):
+def _mean(strategy, size, sick):
     """Returns the mean, on each local device, of all but the particle `sick`."""
     collectives = _collectives(strategy)
     local = len(strategy.extended.worker_devices)
@@ -60,7 +60,7 @@ def _mean(strategy, size, sick, payload=None):
 
     @tf.function
     def mean(vectors, healthy):
-        return collectives.mean(vectors, healthy, _MEAN, payload)
+        return collectives.mean(vectors, healthy, _MEAN)
 
     return [v.numpy() for v in mean(vectors, tf.constant(healthy))]
 
@@ -91,14 +91,14 @@ def _rounded(strategy, payload):
     collectives = _collectives(strategy)
     local = len(strategy.extended.worker_devices)
     particles = range(collectives.first_particle, collectives.first_particle + local)
-    vectors = [tf.constant(_fractions(p)) for p in particles]
+    vectors = [tf.saturate_cast(_fractions(p), payload) for p in particles]
 
     @tf.function
     def exchange(vectors, root):
         healthy = tf.fill([collectives.num_particles], True)
         return (
-            collectives.mean(vectors, healthy, _MEAN, payload),
-            collectives.broadcast(vectors, root, _BROADCAST, payload),
+            collectives.mean(vectors, healthy, _MEAN),
+            collectives.broadcast(vectors, root, _BROADCAST),
         )
 
     last = tf.constant(collectives.num_particles - 1)

@@ -81,51 +81,52 @@ class Collectives:
             )
             return tf.gather(gathered[:, 1:], tf.argsort(gathered[:, 0]))
 
-    def mean(self, vectors, healthy, call, payload=None):
+    def mean(self, vectors, healthy, call):
         """Returns the mean of the healthy replicas' vectors, [P], on each device.
+
+        Sums are of float32 at least; what is too large for a smaller type becomes its
+        largest number.
 
         Args:
             vectors: A list of vectors, [P], one for each local replica. Those of
                 replicas out of order may hold anything, NaN included.
             healthy: [W], a bool for each replica, at least one of them true.
             call: See `gather`.
-            payload: The float `tf.DType` that travels; what is too large for it
-                becomes its largest number. Defaults to that of the vectors.
         """
-        first = self.first_particle
+        first, local = self.first_particle, len(vectors)
         with tf.device(self._devices[0]):
             # Not by `tf.where`, which would copy the vector.
-            total = tf.add_n(
-                [
-                    tf.cond(
-                        healthy[first + replica],
-                        lambda vector=vector: tf.identity(vector),
-                        lambda vector=vector: tf.zeros_like(vector),
-                    )
-                    for replica, vector in enumerate(vectors)
-                ]
-            )
-            count = tf.cast(tf.math.count_nonzero(healthy), total.dtype)
-            if self._wire:
-                return self._to_devices(self._wire_mean(total, count, payload))
-            share = total / count
-            if payload:  # The sum must not be too large for it, either.
-                limit = 0.99 * float(payload.max) / self._num_workers
-                share = tf.clip_by_value(share, -limit, limit)
-            # In one piece: the ring has its own, and pieces would wait for each other.
-            mean = self._in_buckets(
-                share, self._all_reduce, call, payload, share.shape[0]
-            )
+            vectors = [
+                tf.cond(
+                    healthy[first + replica],
+                    lambda vector=vector: tf.identity(vector),
+                    lambda vector=vector: tf.zeros_like(vector),
+                )
+                for replica, vector in enumerate(vectors)
+            ]
+            count = tf.math.count_nonzero(healthy)
+            if self._num_workers == 1:
+                mean = _scaled_sum(vectors, 1 / count)
+            elif self._wire:
+                # The sum of several may be too large for their type.
+                mine = vectors[0] if local == 1 else _scaled_sum(vectors, 1 / local)
+                mean = self._wire_mean(mine, local / count)
+            else:
+                mine = _scaled_sum(vectors, 1 / count)
+                if mine.dtype.size == 2:  # Nor may the sum be too large.
+                    limit = 0.99 * float(mine.dtype.max) / self._num_workers
+                    mine = tf.clip_by_value(mine, -limit, limit)
+                # In one piece: the ring has its own, which would wait for each other.
+                mean = self._in_buckets(mine, self._all_reduce, call, mine.shape[0])
         return self._to_devices(mean)
 
-    def broadcast(self, vectors, root, call, payload=None):
+    def broadcast(self, vectors, root, call):
         """Returns replica `root`'s vector, [P], on each local device.
 
         Args:
             vectors: A list of vectors, [P], one for each local replica.
             root: Scalar int32, from 0 to W - 1, the same on all workers.
             call: See `gather`.
-            payload: See `mean`.
         """
         root_worker = root // len(vectors)
         with tf.device(self._devices[0]):
@@ -133,9 +134,10 @@ class Collectives:
                 root % len(vectors),
                 [lambda vector=vector: tf.identity(vector) for vector in vectors],
             )
-            if self._wire:
-                mine = self._wire_broadcast(mine, root_worker, payload)
+            if self._num_workers == 1:
                 return self._to_devices(mine)
+            if self._wire:
+                return self._to_devices(self._wire_broadcast(mine, root_worker))
 
             # An instance key that serves two roots gives uninitialised memory.
             def receive(piece, key):
@@ -146,8 +148,8 @@ class Collectives:
 
             mine = tf.cond(
                 root_worker == self._worker_index,
-                lambda: self._in_buckets(mine, send, call, payload),
-                lambda: self._in_buckets(mine, receive, call, payload),
+                lambda: self._in_buckets(mine, send, call),
+                lambda: self._in_buckets(mine, receive, call),
             )
         return self._to_devices(mine)
 
@@ -163,52 +165,27 @@ class Collectives:
                 copies.append(tf.identity(vector))
         return copies
 
-    def _wire_mean(self, total, count, payload):
-        """Every worker makes the mean of its share, which then goes to all."""
-        payload = payload or total.dtype
-        local = len(self._devices)
-        if local > 1:  # The sum of some may be too large for the payload.
-            total, count = total / local, count / local
+    def _wire_mean(self, vector, scale):
+        """Every worker sums its share of the vectors up, which then goes to all."""
         shares = tf.numpy_function(
-            self._wire.scatter,
-            [_rounded(total, payload)],
-            [payload] * self._num_workers,
+            self._wire.scatter, [vector], [vector.dtype] * self._num_workers
         )
-        share = tf.add_n([tf.cast(share, total.dtype) for share in shares]) / count
+        share = _scaled_sum(shares, scale)
         mean = tf.numpy_function(
-            self._wire.gather,
-            [_rounded(share, payload), tf.size(total)],
-            payload,
+            self._wire.gather, [share, tf.size(vector)], vector.dtype
         )
-        return tf.cast(tf.ensure_shape(mean, total.shape), total.dtype)
+        return tf.ensure_shape(mean, vector.shape)
 
-    def _wire_broadcast(self, vector, root, payload):
-        payload = payload or vector.dtype
-        got = tf.numpy_function(
-            self._wire.broadcast,
-            [_rounded(vector, payload), root],
-            payload,
-        )
-        return tf.cast(tf.ensure_shape(got, vector.shape), vector.dtype)
+    def _wire_broadcast(self, vector, root):
+        got = tf.numpy_function(self._wire.broadcast, [vector, root], vector.dtype)
+        return tf.ensure_shape(got, vector.shape)
 
-    def _in_buckets(self, vector, transfer, call, payload, size=None):
-        """Applies `transfer(piece, key)` to pieces of `size`, or of about 4 MB.
-
-        A swarm in one process rounds as one over several workers does.
-        """
-        payload = payload or vector.dtype
-        if self._num_workers == 1:
-            return tf.cast(_rounded(vector, payload), vector.dtype)
-        size = size or _BUCKET_BYTES // payload.size
+    def _in_buckets(self, vector, transfer, call, size=None):
+        """Applies `transfer(piece, key)` to pieces of `size`, or of about 4 MB."""
+        size = size or _BUCKET_BYTES // vector.dtype.size
         first_key = call * _KEYS_PER_CALL
         pieces = [
-            tf.cast(
-                transfer(
-                    _rounded(vector[start : start + size], payload),
-                    first_key + n * self._num_workers,
-                ),
-                vector.dtype,
-            )
+            transfer(vector[start : start + size], first_key + n * self._num_workers)
             for n, start in enumerate(range(0, vector.shape[0], size))
         ]
         return tf.concat(pieces, axis=0)
@@ -264,9 +241,13 @@ def tell(strategy, row, timeout=0):
     return tf.function(lambda: group.gather([row], 0))().numpy()
 
 
-def _rounded(vector, payload):
-    # TensorFlow's would also copy what has the type already.
-    return vector if vector.dtype == payload else tf.saturate_cast(vector, payload)
+def _scaled_sum(vectors, scale):
+    """Returns scale * sum(vectors), of their type, added up in float32 at least."""
+    dtype = vectors[0].dtype
+    exact = dtype if dtype.size > 2 else tf.float32
+    total = tf.add_n([tf.cast(vector, exact) for vector in vectors])
+    total *= tf.cast(scale, exact)
+    return total if dtype == exact else tf.saturate_cast(total, dtype)
 
 
 def _as_bits(piece):

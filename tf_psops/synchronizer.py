@@ -87,6 +87,12 @@ class Synchronizer:
         self._trial = compiling.compiled(self._rule_trial)
         self._move = compiling.compiled(self._rule_move)
         self._agreed = compiling.compiled(self._rule_agreed)
+        self._shorten = compiling.compiled(
+            lambda position, last: tf.saturate_cast(position - last, self._payload)
+        )
+        self._lengthen = compiling.compiled(
+            lambda way, last: last + tf.cast(way, self._dtype)
+        )
         self._apart = False
         self._sent = None
         self.wish = 0
@@ -502,19 +508,20 @@ class Synchronizer:
         averaged = mean(own, healthy, _AVERAGE) if self._averaged.size else own
         last = [vector.read_value() for vector in self._vector]
         if rounded:  # What travels is the way from the last one, which is short.
-            offers = self._on_devices(lambda r: offers[r] - last[r])
+            offers = self._on_devices(lambda r: self._shorten(offers[r], last[r]))
         if self._rule.exchange == "mean":
-            vectors = mean(offers, healthy, _EXCHANGE, self._payload)
+            vectors = mean(offers, healthy, _EXCHANGE)
         else:
             vectors = tf.cond(
                 is_news,
-                lambda: self._collectives.broadcast(
-                    offers, root, _EXCHANGE, self._payload
-                ),
-                lambda: [tf.zeros_like(v) if rounded else tf.identity(v) for v in last],
+                lambda: self._collectives.broadcast(offers, root, _EXCHANGE),
+                lambda: [
+                    tf.zeros_like(offer) if rounded else tf.identity(vector)
+                    for offer, vector in zip(offers, last)
+                ],
             )
         if rounded:
-            vectors = self._on_devices(lambda r: vectors[r] + last[r])
+            vectors = self._on_devices(lambda r: self._lengthen(vectors[r], last[r]))
         return vectors, averaged, own
 
     @tf.function(autograph=False)
