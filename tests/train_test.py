@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import pathlib
 import re
@@ -26,6 +27,24 @@ sys.modules["tf_psops"] = None  # An import of it fails.
 import keras, numpy
 model = keras.models.load_model(sys.argv[1])
 numpy.save(sys.argv[2], model.predict(numpy.load(sys.argv[3]), verbose=0))
+"""
+
+# Worker 1 of three is gone for good once the swarm has a backup.
+_TRAIN_UNTIL_GONE = """
+import glob, json, os, runpy, sys, threading, time
+config = json.loads(os.environ["TF_CONFIG"])
+backups, gone = sys.argv[1] + "/fit-0/sync-20-*", sys.argv[1] + "/gone"
+def go():
+    while len(glob.glob(backups)) < 3:
+        time.sleep(0.01)
+    open(gone, "w").close()
+    os._exit(1)
+if len(config["cluster"]["worker"]) == 3 and config["task"]["index"] == 1:
+    if os.path.exists(gone):
+        sys.exit(1)
+    threading.Thread(target=go, daemon=True).start()
+sys.argv[1:2] = []
+runpy.run_module("trainers.train", run_name="__main__", alter_sys=True)
 """
 
 
@@ -85,6 +104,14 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         other = training.train(**{**arguments, "seed": 4})
         self.assertNotEqual(first.test_loss, other.test_loss)
 
+    def test_goes_on_after_as_many_epochs_with_more_particles(self):
+        folder = pathlib.Path(self.get_temp_dir(), "backups")
+        arguments = {"model": "mlp", "backup_dir": folder, "elastic": True}
+        for particles, epochs in (2, 2), (3, 4):
+            result = training.train(particles=particles, epochs=epochs, **arguments)
+        self.assertEqual(result.steps, 2 * (1437 // 64) + 2 * (1437 // 96))
+        self.assertEqual(result.num_syncs, math.ceil(result.steps / 10))
+
     def test_table_shows_every_particle_and_the_swarm(self):
         result = training.Result(0.5, 1.5, [0.25, 0.75], [2.0, 1.0], 2, 3, 0.5, 9.0, 30)
         table = training.format_result(result)
@@ -127,24 +154,49 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(launch.launch(arguments, num_workers=2, output=output), 1)
         self.assertRegex(output.getvalue(), "Received: particles=3")
 
-    def test_workers_report_the_same_model(self):
-        text = self._launch("--model=mlp", "--epochs=2", "--learning_rate=0.1")
-        self._check_workers(text, accuracy=0.7)
+    def test_goes_on_without_a_worker_that_never_comes_back(self):
+        output, backups = (pathlib.Path(self.get_temp_dir(), n) for n in ("o", "b"))
+        backups.mkdir()
+        text = io.StringIO()
+        code = launch.launch(
+            [
+                *(sys.executable, "-c", _TRAIN_UNTIL_GONE, str(backups)),
+                *("--model=mlp", "--epochs=9", "--sync_every=2", "--verbosity=0"),
+                *(f"--output_dir={output}", f"--backup_dir={backups}", "--elastic"),
+            ],
+            num_workers=3,
+            output=text,
+            max_restarts=5,
+            min_workers=2,
+        )
+        text = text.getvalue()
+        self.assertEqual(code, 0, text)
+        self.assertIn("[launch] restarts: 2, workers at the end: 2\n", text)
+        (place,) = set(re.findall(r"Resuming at epoch (\d+), .* step (\d+)", text))
+        epoch, step = map(int, place)
+        self.assertGreaterEqual(step, 40)
+        result = json.loads((output / "result.json").read_text())
+        before, after = (1437 // (32 * workers) for workers in (3, 2))
+        self.assertEqual(epoch, step // before)
+        share = step % before / before
+        steps = step + (9 - epoch) * after - math.ceil(share * after)
+        self.assertEqual(result["steps"], steps)
+        self.assertEqual(result["num_syncs"], math.ceil(steps / 2))
+        self.assertEqual(result["num_particles"], 2)
+        self.assertLen(result["particle_test_losses"], 2)
+        self._check_workers(text, accuracy=0.85)
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        self.assertEqual([json.loads(line)["epoch"] for line in lines], [*range(9)])
 
     @pytest.mark.slow
     def test_mnist_on_two_workers(self):
         if not (_DATA_DIR / "mnist").exists():
             self.skipTest(f"No mnist in {_DATA_DIR}; set TF_PSOPS_DATA_DIR.")
-        text = self._launch(
-            "--dataset=mnist", f"--data_dir={_DATA_DIR}", "--model=lenet", "--epochs=1"
-        )
-        self._check_workers(text, accuracy=0.95)
-
-    def _launch(self, *arguments):
+        command = [sys.executable, "-m", "trainers.train", f"--data_dir={_DATA_DIR}"]
+        command += ["--dataset=mnist", "--model=lenet", "--epochs=1"]
         output = io.StringIO()
-        command = [sys.executable, "-m", "trainers.train", *arguments]
         self.assertEqual(launch.launch(command, num_workers=2, output=output), 0)
-        return output.getvalue()
+        self._check_workers(output.getvalue(), accuracy=0.95)
 
     def _check_workers(self, text, accuracy):
         rows = dict(re.findall(r"\[worker (\d)\] swarm +(\S+ +\S+)", text))

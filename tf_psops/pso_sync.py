@@ -95,7 +95,8 @@ class PSOSync(keras.callbacks.Callback):
             next, at least 1. Files are written in the background. Defaults to 10.
         elastic: Whether to go on from a backup of another number of particles, in a
             folder that all workers share. Particles of the same index keep what they
-            had; new ones start from what the swarm agreed on. Defaults to `False`.
+            had; new ones start from what the swarm agreed on. Where an epoch then has
+            another number of steps, the same share of it is over. Defaults to `False`.
 
     Attributes:
         num_syncs: Synchronisations since training began.
@@ -264,7 +265,12 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting("the start of training"):
             self._synchronizer.begin()
             if self._resumption:
-                self._resumption.begin(self.model, self._synchronizer, self._resume)
+                self._resumption.begin(
+                    self.model,
+                    self._synchronizer,
+                    self._steps_per_epoch(),
+                    self._resume,
+                )
         self._history = self.model.history
         self._stopping = stopping.Stopping(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
@@ -339,9 +345,14 @@ class PSOSync(keras.callbacks.Callback):
         return {
             "epoch": self._epoch,
             "steps_in_epoch": self._steps_in_epoch,
+            "steps_per_epoch": self._steps_per_epoch(),
             "steps": self._steps,
             "synced_steps": self._synced_steps,
         }
+
+    def _steps_per_epoch(self):
+        """Returns the steps of an epoch, `None` where Keras does not know."""
+        return (self.params or {}).get("steps")
 
     def _resume(self, place):
         """Goes on from what `_place` returned once."""

@@ -1,5 +1,6 @@
 """Backs a training up after synchronisations, and resumes it."""
 
+import math
 import pathlib
 
 from absl import logging
@@ -43,12 +44,13 @@ class Resumption:
         """Tells whether training is not yet back where the backup was taken."""
         return self._feed.skipping
 
-    def begin(self, model, synchronizer, resume):
+    def begin(self, model, synchronizer, steps_per_epoch, resume):
         """Begins a training, or goes on with it if there is a backup.
 
         Args:
             model: The `keras.Model`, about to be trained by `fit`.
             synchronizer: Its `Synchronizer`, which has begun.
+            steps_per_epoch: The steps of an epoch, or `None` if unknown.
             resume: A function of the place that `note_sync` was told, called when
                 training is there again.
 
@@ -76,7 +78,7 @@ class Resumption:
         loaded = self._together(self._load)
         self._backups.discard_after(self._last)
         header, _ = loaded[0]
-        place = header["place"]
+        place, drawn = _fit_to(steps_per_epoch, header["place"], header["drawn"])
         logging.info(
             "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
         )
@@ -94,7 +96,7 @@ class Resumption:
             model.stop_training = header["stopped"]
             return model.get_metrics_result()
 
-        self._feed.skip(header["drawn"], place["steps_in_epoch"], arrive)
+        self._feed.skip(drawn, place["steps_in_epoch"], arrive)
 
     def note_sync(self, place, preempted):
         """Takes a backup if it is time for one.
@@ -180,3 +182,17 @@ class Resumption:
                 "backup. See the error of their worker."
             )
         return result
+
+
+def _fit_to(steps_per_epoch, place, drawn):
+    """Returns a place, and the batches drawn before it, in epochs of other lengths.
+
+    A swarm of another size needs another number of steps for the same data.
+    """
+    before, now = place["steps_per_epoch"], steps_per_epoch
+    if before == now or None in (before, now):
+        return place, drawn
+    steps_in_epoch = math.ceil(place["steps_in_epoch"] * now / before)
+    epochs = (drawn - place["steps_in_epoch"]) // before
+    place = {**place, "steps_in_epoch": steps_in_epoch}
+    return place, epochs * now + steps_in_epoch

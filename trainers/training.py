@@ -157,7 +157,7 @@ def train(
         num_syncs=sync.num_syncs,
         sync_seconds=sync.sync_seconds,
         train_seconds=train_seconds,
-        steps=epochs * steps,
+        steps=int(network.optimizer.iterations.value.read_value()),
     )
     if output:
         write_text(
