@@ -17,10 +17,11 @@ _X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 _Y = _X.argmax(-1) % 3
 
 
-def _model(strategy, optimizer=keras.optimizers.SGD):
+def _model(strategy, optimizer=keras.optimizers.SGD, units=(), shape=(4,)):
     keras.utils.set_random_seed(1)
     with strategy.scope():
-        model = keras.Sequential([keras.Input([4]), layers.Dense(3)])
+        inputs = [keras.Input(shape)] if shape else []
+        model = keras.Sequential([*inputs, *map(layers.Dense, (*units, 3))])
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer(0.1), loss)
     return model
@@ -92,6 +93,20 @@ _MISUSES = {
         ),
         r"ValueError: .* trainable weights differs: workers \[1\].*Run the same",
     ),
+    "width": (
+        lambda strategy, i: _model(strategy, units=[5 + i]),
+        r"ValueError: .* next differs: workers \[1\].* \(4, [56]\) .* kernel'\. Run",
+    ),
+    "one_layer_more": (
+        lambda strategy, i: _model(strategy, units=[3] * i),
+        r"ValueError: .* next differs: workers \[1\].*'a new variable of .*\. Run",
+    ),
+    "one_layer_more_in_fit": (
+        lambda strategy, i: _fit(
+            strategy, model=_model(strategy, units=[3] * i, shape=())
+        ),
+        r"ValueError: .* next differs: .*(start of training|\(3, 3\).* kernel)'\. Run",
+    ),
     "another_sync": (
         lambda strategy, i: _again_with_another_sync(strategy),
         r"ValueError: .* first fit of this PSOSync differs: .*=(True|False)\. Run",
@@ -129,6 +144,7 @@ def _misuse_all(folder):
             text = "no error"
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
+            keras.utils.clear_session()  # Variables of `fit` that were not made.
         errors[name] = text, time.monotonic() - start
     # Files of callbacks that write on every worker.
     logger = keras.callbacks.CSVLogger(f"{folder}/log.csv")

@@ -183,23 +183,40 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             )
         return value * tf.cast(self._num_replicas_in_sync, value.dtype)
 
-    # Random layers: a stream of its own for every replica.
+    # Initial values: the chief's, but a random stream of its own for every replica.
 
     def _get_variable_creator_initial_value(
         self, replica_id, device, primary_var, **kwargs
     ):
-        """Moves Keras' random seeds apart, so that dropout masks differ."""
-        initial_value = super()._get_variable_creator_initial_value(
-            replica_id=replica_id, device=device, primary_var=primary_var, **kwargs
-        )
-        if "seed_generator_state" not in (kwargs.get("name") or ""):
+        """Checks that the workers make the same variable before its value travels.
+
+        And moves Keras' random seeds apart, so that dropout masks differ.
+        """
+        make = super()._get_variable_creator_initial_value
+        name = kwargs.get("name") or ""
+
+        def initial_value():
+            value = kwargs["initial_value"]
+            if replica_id == 0 and tf.executing_eagerly():
+                value = value() if callable(value) else value
+                value = tf.convert_to_tensor(value, kwargs.get("dtype"))
+                shape, dtype = tuple(value.shape), value.dtype.name
+                self._container_strategy().check_same(
+                    f"a new variable of shape {shape} and type {dtype}", {}, name
+                )
+            made = {**kwargs, "initial_value": value}
+            return make(
+                replica_id=replica_id, device=device, primary_var=primary_var, **made
+            )()
+
+        if "seed_generator_state" not in name:
             return initial_value
         # Later replicas copy the worker's first one, which has moved already.
         local = len(self.worker_devices)
         places = replica_id if replica_id else self._id_in_cluster * local
 
         def moved():
-            seed = initial_value() if callable(initial_value) else initial_value
+            seed = initial_value()
             offset = tf.constant([places * _SEED_STRIDE % 0x7FFFFFFF, 0], tf.int64)
             return tf.cast(tf.cast(seed, tf.int64) + offset, seed.dtype)
 

@@ -3,36 +3,66 @@
 import hashlib
 
 import numpy as np
+import tensorflow as tf
 
 from tf_psops import collectives
 
 
-def check_same(strategy, settings):
-    """Raises an error on every worker unless all have the same settings.
+class Agreement:
+    """Asks all workers of a swarm whether they have the same.
 
-    All workers must call it with settings of the same names. It comes before any
-    tensors travel whose shapes depend on them, because TensorFlow answers unequal
-    shapes by ending all collectives of the process.
+    It comes before any tensors travel whose shapes depend on what is asked, because
+    TensorFlow answers unequal shapes by ending all collectives of the process. Workers
+    that ask different questions meet here, too, instead of waiting for each other.
 
     Args:
         strategy: A `SwarmStrategy`.
-        settings: A dict from names to what can be told apart by its `repr`.
-
-    Raises:
-        ValueError: If a setting is not the same on all workers.
     """
-    if strategy.num_workers == 1:
-        return
-    table = collectives.tell(strategy, [_digest(v) for v in settings.values()])
-    for (name, value), column in zip(settings.items(), table.T):
-        if (column != column[0]).any():
-            others = np.flatnonzero(column != column[0]).tolist()
+
+    def __init__(self, strategy):
+        self._strategy = strategy
+        group = collectives.Collectives(
+            strategy.extended.worker_devices[:1],
+            strategy.num_workers,
+            strategy.worker_index,
+            strategy.communication_options,
+        )
+        self._gather = tf.function(lambda row: group.gather([row], 0), autograph=False)
+
+    def check(self, occasion, settings, name=""):
+        """Raises an error on every worker unless all have come to do the same.
+
+        Args:
+            occasion: What comes next, a string.
+            settings: A dict from names to what can be told apart by its `repr`.
+            name: What may differ of the occasion, only to name it in errors.
+
+        Raises:
+            ValueError: If the occasion or a setting is not the same on all workers.
+        """
+        if self._strategy.num_workers == 1:
+            return
+        if not self._others([occasion, settings]):
+            return
+        self._compare("what comes next", occasion, f"{occasion} {name}".rstrip())
+        for setting, value in settings.items():
+            self._compare(setting, value, value)
+
+    def _compare(self, name, value, shown):
+        if others := self._others(value):
             raise ValueError(
                 f"The workers of a swarm must have the same settings, but {name} "
                 f"differs: workers {others} have another one than worker 0. Received "
-                f"on worker {strategy.worker_index}: {name}={repr(value)[:500]}. Run "
-                "the same program with the same arguments on all workers."
+                f"on worker {self._strategy.worker_index}: "
+                f"{name}={repr(shown)[:500]}. Run the same program with the same "
+                "arguments on all workers."
             )
+
+    def _others(self, value):
+        """Returns the workers that have another value than the first one."""
+        row = tf.constant([_digest(value)], tf.float64)
+        (column,) = self._gather(row).numpy().T
+        return np.flatnonzero(column != column[0]).tolist()
 
 
 def _digest(value):

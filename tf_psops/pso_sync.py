@@ -11,7 +11,6 @@ from absl import logging
 from tf_psops import (
     _checks,
     _private_api,
-    agreement,
     heartbeat,
     one_model,
     resumption,
@@ -247,7 +246,7 @@ class PSOSync(keras.callbacks.Callback):
         is_new = self._synchronized != compiled
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
         with self._meeting("the start of training"):
-            agreement.check_same(self.model.distribute_strategy, settings)
+            self.model.distribute_strategy.check_same("the start of training", settings)
         if is_new:
             self._synchronized = compiled
             self._synchronizer = synchronizer.Synchronizer(

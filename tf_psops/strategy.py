@@ -7,7 +7,15 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, _private_api, cluster, collectives, meeting, wire
+from tf_psops import (
+    _checks,
+    _private_api,
+    agreement,
+    cluster,
+    collectives,
+    meeting,
+    wire,
+)
 
 
 class SwarmStrategy(tf.distribute.Strategy):
@@ -47,7 +55,8 @@ class SwarmStrategy(tf.distribute.Strategy):
             `PSOSync`. Defaults to `False`.
 
     Raises:
-        ValueError: If `TF_CONFIG`, `devices` or a time-out is not usable.
+        ValueError: If `TF_CONFIG`, `devices` or a time-out is not usable; later, if the
+            workers make different variables.
         TimeoutError: If a worker has not started after `startup_timeout` seconds, or
             later, if it has not come after `timeout` seconds.
         RuntimeError: Later, if another worker has failed or is gone.
@@ -121,6 +130,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         super().__init__(extended)
         _check_existence(devices)
         self.communication_options = communication_options
+        self._agreement = agreement.Agreement(self)
         if self.num_workers > 1:
             meeting.tell_of_failures()
 
@@ -182,6 +192,10 @@ class SwarmStrategy(tf.distribute.Strategy):
     def meeting(self, name):
         """Bounds the wait for the other workers; see `meeting.meeting`."""
         return meeting.meeting(self, name)
+
+    def check_same(self, occasion, settings, name=""):
+        """Raises an error unless all workers agree; see `agreement.Agreement.check`."""
+        self._agreement.check(occasion, settings, name)
 
     @functools.cached_property
     def wire(self):
