@@ -78,16 +78,17 @@ def _fit(strategy, *callbacks, rule=None, epochs=2, steps=5, **kwargs):
 class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
     def setUp(self):
         super().setUp()
-        self.strategy = tf_psops.SwarmStrategy.in_process(3)
+        self.strategy = tf_psops.SwarmStrategy.in_process(2)
         self.folder = pathlib.Path(self.get_temp_dir())
 
     @parameterized.parameters(tf_psops.ParticleSwarm, tf_psops.CentroidSwarm)
     def test_training_goes_on_as_if_nothing_had_been_asked(self, make_rule):
         def ask(model, step):
             own = _own(model)
-            model.evaluate(*_data(7), verbose=0)
-            model.predict(_data(7)[0], verbose=0)
-            model.save(self.folder / "asked.keras")
+            if step in (1, 4, 5, 9):
+                model.evaluate(*_data(7), verbose=0)
+                model.predict(_data(7)[0], verbose=0)
+                model.save(self.folder / "asked.keras")
             return own
 
         asked = _Watch(ask)
@@ -104,10 +105,13 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(tf_psops.ParticleSwarm, tf_psops.CentroidSwarm)
     def test_answers_are_those_of_the_last_synchronisation(self, make_rule):
         def ask(model, step):
+            weights = _flat(model.get_weights())
+            if step not in (1, 4, 5, 9):
+                return weights, None, None
             model.save(self.folder / f"{step}.keras")
             model.save_weights(self.folder / f"{step}.weights.h5")
             return (
-                _flat(model.get_weights()),
+                weights,
                 model.evaluate(*_data(12), batch_size=6, verbose=0),
                 model.predict(_data(7)[0], verbose=0),
             )
@@ -123,6 +127,8 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllEqual(weights[first], weights[other])
         self.assertLen({w.tobytes() for w in weights}, 4)
         for step, (expected, scores, rows) in enumerate(watch.seen, start=1):
+            if scores is None:
+                continue
             loaded = keras.saving.load_model(self.folder / f"{step}.keras")
             self.assertAllEqual(_flat(loaded.get_weights()), expected)
             self.assertAllClose(loaded.evaluate(*_data(12), verbose=0), scores)
