@@ -273,13 +273,12 @@ class RehearsalTest(tf.test.TestCase, parameterized.TestCase):
     def test_leaves_nothing_behind(self, rule):
         def fit():
             _, model = _swarm(
-                3,
                 make=lambda: _dense(layers.BatchNormalization()),
                 optimizer=keras.optimizers.Adam,
             )
             sync = tf_psops.PSOSync(2, rule(), optimizer_slots="average")
             after = _Probe(lambda model: (_weights(model), sync.fitness))
-            history = _fit(model, _data(5, 3), sync, after)
+            history = _fit(model, _data(5), sync, after)
             return *zip(*after.seen[1:]), history["loss"], model.get_weights()
 
         rehearse = mock.Mock()
@@ -461,9 +460,9 @@ class PayloadTest(tf.test.TestCase, parameterized.TestCase):
     )
     def test_weights_travel_rounded(self, rule, payload):
         def fit(**kwargs):
-            _, model = _swarm(3, make=lambda: _dense(layers.BatchNormalization()))
+            _, model = _swarm(make=lambda: _dense(layers.BatchNormalization()))
             sync = tf_psops.PSOSync(2, rule(), **kwargs)
-            _fit(model, _data(6, 3), sync)
+            _fit(model, _data(6), sync)
             weights = _weights(model)
             self.assertTrue(_equal(weights))
             return weights[0], sync
@@ -490,32 +489,34 @@ class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
         probe = _Probe(poison)
         return probe
 
-    @parameterized.product(
-        rule=(
-            tf_psops.CentroidSwarm(),
-            tf_psops.ParameterAverage(),
-            tf_psops.ParticleSwarm(),
-            tf_psops.ParticleSwarm(take="global_best"),
-        ),
-        value=(np.nan, np.inf, 1e5),
+    @parameterized.parameters(
+        tf_psops.CentroidSwarm(),
+        tf_psops.ParameterAverage(),
+        tf_psops.ParticleSwarm(),
+        tf_psops.ParticleSwarm(take="global_best"),
     )
-    def test_others_do_not_catch_it_and_it_is_put_back(self, rule, value):
+    def test_others_do_not_catch_it_and_it_is_put_back(self, rule):
         _, model = _swarm(3)
         sync = tf_psops.PSOSync(2, rule)
         before = _Probe(_weights)
         after = _Probe(lambda model: (_weights(model), sync.fitness))
-        poison = self._poison(model, [0], 1, value)
+        values = {1: np.nan, 5: np.inf, 9: 1e5}
+        poisons = [self._poison(model, [0], *item) for item in values.items()]
         with self.assertLogs(level="WARNING") as logs:
-            _fit(model, _data(4, 3), poison, before, sync, after)
-        self.assertIn("Particles [0] were out of order", "".join(logs.output))
-        self.assertEqual(sync.num_sick, 1)
-        weights, fitness = after.seen[1]
-        self.assertAllInRange(weights, -10, 10)
-        self.assertAllEqual(np.isfinite(fitness), [False, True, True])
-        if rule.exchange == "mean":
-            self.assertAllClose(weights[1], before.seen[1][1:].mean(0))
-        self.assertTrue(np.isfinite(sync.fitness).all(), sync.fitness)
-        self.assertAllInRange(_weights(model), -10, 10)
+            _fit(model, _data(12, 3), *poisons, before, sync, after)
+        warning = "Particles [0] were out of order"
+        self.assertEqual("".join(logs.output).count(warning), 3)
+        self.assertEqual(sync.num_sick, 3)
+        for step in values:
+            weights, fitness = after.seen[step]
+            self.assertAllInRange(weights, -10, 10)
+            self.assertAllEqual(np.isfinite(fitness), [False, True, True])
+            # The default rule adds a velocity later.
+            if rule.exchange == "mean" and (step == 1 or rule.num_trials == 0):
+                self.assertAllClose(weights[1], before.seen[step][1:].mean(0))
+            weights, fitness = after.seen[step + 2]
+            self.assertTrue(np.isfinite(fitness).all(), fitness)
+            self.assertAllInRange(weights, -10, 10)
 
     @parameterized.parameters(
         (lambda rate: keras.optimizers.SGD(rate, momentum=0.9), 0.0),

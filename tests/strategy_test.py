@@ -97,7 +97,7 @@ class ReplicasTest(tf.test.TestCase):
 
     def test_train_function_has_no_collective(self):
         for steps_per_execution in (1, 3):
-            strategy = _strategy()
+            strategy = _strategy(2)
             with strategy.scope():
                 model = _compile(_dense(), steps_per_execution=steps_per_execution)
             x, y = _data()
