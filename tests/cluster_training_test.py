@@ -301,33 +301,13 @@ class MissingWorkerTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(0, 1)
     def test_missing_peer(self, present):
         ((name, text, seconds),) = clusters.run(
-            _start_without_peer, 2, 5, only=[present], timeout=60
+            _start_without_peer, 2, 2, only=[present], timeout=60
         )
         self.assertEqual(name, "TimeoutError")
         self.assertRegex(
-            text, "startup_timeout=5 seconds.*127.0.0.1.*Start the missing"
+            text, "startup_timeout=2 seconds.*127.0.0.1.*Start the missing"
         )
-        self.assertBetween(seconds, 3, 30)
-
-
-def _train_on_unequal_data(timeout):
-    strategy = tf_psops.SwarmStrategy(timeout=timeout)
-    model = _model(strategy)
-    data = strategy.distribute_datasets_from_function(
-        lambda context: _data(2).batch(2).repeat(8 - 3 * context.input_pipeline_id)
-    )
-    try:
-        sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
-        model.fit(data, callbacks=[sync], verbose=0)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "no error"
-
-
-class UnequalDataTest(tf.test.TestCase):
-    def test_different_numbers_of_steps_end_in_an_error(self):
-        for error in clusters.run(_train_on_unequal_data, 2, 10, timeout=120):
-            self.assertRegex(error, "RuntimeError.*numbers of local")
+        self.assertBetween(seconds, 1, 30)
 
 
 if __name__ == "__main__":
