@@ -17,11 +17,11 @@ _X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 _Y = _X.argmax(-1) % 3
 
 
-def _model(strategy, optimizer=keras.optimizers.SGD, units=(), shape=(4,)):
+def _model(strategy, optimizer=keras.optimizers.SGD, units=()):
     keras.utils.set_random_seed(1)
     with strategy.scope():
-        inputs = [keras.Input(shape)] if shape else []
-        model = keras.Sequential([*inputs, *map(layers.Dense, (*units, 3))])
+        hidden = map(layers.Dense, units)
+        model = keras.Sequential([keras.Input([4]), *hidden, layers.Dense(3)])
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         model.compile(optimizer(0.1), loss)
     return model
@@ -101,10 +101,8 @@ _MISUSES = {
         lambda strategy, i: _model(strategy, units=[3] * i),
         r"ValueError: .* next differs: workers \[1\].*'a new variable of .*\. Run",
     ),
-    "one_layer_more_in_fit": (
-        lambda strategy, i: _fit(
-            strategy, model=_model(strategy, units=[3] * i, shape=())
-        ),
+    "one_layer_more_before_fit": (
+        lambda strategy, i: _fit(strategy, model=_and_a_layer(_model(strategy), i)),
         r"ValueError: .* next differs: .*(start of training|\(3, 3\).* kernel)'\. Run",
     ),
     "another_sync": (
@@ -126,6 +124,13 @@ _MISUSES = {
 }
 
 
+def _and_a_layer(model, count):
+    with model.distribute_strategy.scope():
+        for _ in range(count):
+            layers.Dense(3).build([None, 3])
+    return model
+
+
 def _frozen(model):
     model.trainable = False
     return model
@@ -144,7 +149,6 @@ def _misuse_all(folder):
             text = "no error"
         except Exception as error:
             text = f"{type(error).__name__}: {error}"
-            keras.utils.clear_session()  # Variables of `fit` that were not made.
         errors[name] = text, time.monotonic() - start
     # Files of callbacks that write on every worker.
     logger = keras.callbacks.CSVLogger(f"{folder}/log.csv")
