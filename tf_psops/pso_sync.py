@@ -195,6 +195,7 @@ class PSOSync(keras.callbacks.Callback):
         self._synchronized = None
         self._rehearsed = False
         self._history = None  # That of the `fit` that goes on.
+        self._first_step = 0
         self._steps = 0
         self._epoch = 0
         self._steps_in_epoch = 0
@@ -273,7 +274,7 @@ class PSOSync(keras.callbacks.Callback):
         self._history = self.model.history
         self._stopping = stopping.Stopping(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
-        self._steps = self._synced_steps = 0
+        self._first_step = self._steps = self._synced_steps = 0
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -298,7 +299,7 @@ class PSOSync(keras.callbacks.Callback):
             # The last execution of an epoch may hold fewer steps than `batch` says.
             self._steps = self._synchronizer.local_steps()
         self._steps_in_epoch = batch + 1
-        if self._steps > self._synced_steps and not self._rehearsed:
+        if self._steps > self._first_step and not self._rehearsed:
             self._rehearsed = True
             with self._meeting("the first local step"):
                 self._synchronizer.rehearse(take_mean=self._takes_mean())
@@ -356,7 +357,7 @@ class PSOSync(keras.callbacks.Callback):
     def _resume(self, place):
         """Goes on from what `_place` returned once."""
         self._steps_in_epoch = place["steps_in_epoch"]
-        self._steps = place["steps"]
+        self._first_step = self._steps = place["steps"]
         self._synced_steps = place["synced_steps"]
 
     def _start(self):

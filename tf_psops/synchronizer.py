@@ -344,12 +344,12 @@ class Synchronizer:
             self._end_transfer()
 
     def _begin_transfer(self, brought, fitness, root, is_news):
-        positions, offers, states = brought
+        positions, offers, states, own = brought
         moving = transfer.Transfer(
-            lambda: self._travel(offers, fitness, root, is_news),
+            lambda: self._travel(offers, own, fitness, root, is_news),
             in_background=self._delayed,
         )
-        self._under_way = (fitness, positions, states), moving
+        self._under_way = (fitness, positions, states, own), moving
 
     def _end_transfer(self):
         (known, moving), self._under_way = self._under_way, None
@@ -456,7 +456,7 @@ class Synchronizer:
 
         The table, [W, 5], has their fitness, score, steps, distance from the vector
         that travelled last, and what their worker wishes. Then come
-        positions, offers, and the rule's new states.
+        positions, offers, the rule's new states, and the state to be averaged.
         """
 
         def report(replica):
@@ -479,7 +479,7 @@ class Synchronizer:
             row = tf.stack(row)
             with tf.control_dependencies([row]):
                 self._ledger.close(replica)
-            return row, position, offer.vector, state
+            return row, position, offer.vector, state, self._averaged.pack(replica)
 
         rows, *brought = zip(*self._on_devices(report))
         return self._collectives.gather(rows, _REPORT), *brought
@@ -494,17 +494,16 @@ class Synchronizer:
         return self._collectives.gather(self._on_devices(report), _REPORT)
 
     @tf.function(autograph=False)
-    def _travel(self, offers, fitness, root, is_news):
-        """Returns the vector that travels, the averaged state, and what went into it.
+    def _travel(self, offers, own, fitness, root, is_news):
+        """Returns the vector that travels, and the mean of the state of the particles.
 
-        Each is a list with one for each device.
+        Both are lists with one for each device. It must not read what training writes.
         """
         healthy = tf.math.is_finite(fitness)
-        own = self._on_devices(self._averaged.pack)
         mean = self._collectives.mean
         rounded = self._payload != self._dtype
         if self._rule.exchange == "mean" and not rounded:
-            return *self._mean_of_both(offers, own, healthy, _EXCHANGE), own
+            return self._mean_of_both(offers, own, healthy, _EXCHANGE)
         averaged = mean(own, healthy, _AVERAGE) if self._averaged.size else own
         last = [vector.read_value() for vector in self._vector]
         if rounded:  # What travels is the way from the last one, which is short.
@@ -522,10 +521,10 @@ class Synchronizer:
             )
         if rounded:
             vectors = self._on_devices(lambda r: self._lengthen(vectors[r], last[r]))
-        return vectors, averaged, own
+        return vectors, averaged
 
     @tf.function(autograph=False)
-    def _settle(self, fitness, positions, states, vectors, averaged, own, sync):
+    def _settle(self, fitness, positions, states, own, vectors, averaged, sync):
         """Moves the local particles by what travelled.
 
         Returns whether the rule gave each of them a finite position.
