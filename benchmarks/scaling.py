@@ -1,7 +1,7 @@
 r"""Measures how training scales with workers, intervals and networks, against SSGD.
 
 ```bash
-python -m benchmarks.scaling --workers=2 --sync_every=10,50 --networks=loopback,100mbit
+python -m benchmarks.scaling --workers=2 --sync_intervals=10,50 --networks=100mbit
 ```
 
 Real processes on this machine train a LeNet on images of MNIST's shape, 32 a step and
@@ -36,7 +36,7 @@ import time
 
 from absl import app, flags, logging
 
-from benchmarks import common_flags, processes, slow_network
+from benchmarks import cluster_flags, common_flags, processes, slow_network
 
 _RIVALS = ("local", "ssgd")
 # The least ratio of psops to a rival, by interval, workers and network.
@@ -44,22 +44,17 @@ _GOALS = {(50, 2, "loopback", "local"): 0.97, (50, 2, "100mbit", "ssgd"): 5}
 _BATCH_SIZE = 32
 _PROBE_SECONDS = 0.5
 
-_WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
-_SYNC_EVERY = flags.DEFINE_list("sync_every", ["1", "10", "50"], "Intervals of psops.")
+_SYNC_INTERVALS = flags.DEFINE_list(
+    "sync_intervals",
+    ["1", "10", "50"],
+    "Local steps between synchronisations of psops.",
+)
 _NETWORKS = flags.DEFINE_list(
     "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
 )
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
-_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the records.")
 
-for _flag, _lowest in ((_WORKERS, 2), (_SYNC_EVERY, 1)):
-    flags.register_validator(
-        _flag.name,
-        lambda texts, lowest=_lowest: (
-            texts and all(t.isdigit() and int(t) >= lowest for t in texts)
-        ),
-        message=f"Expected whole numbers of at least {_lowest}, separated by commas.",
-    )
+cluster_flags.expect_numbers(_SYNC_INTERVALS, 1)
 flags.register_validator(
     "networks",
     lambda names: (
@@ -285,20 +280,20 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
     records = []
     for network, workers in itertools.product(
-        available(_NETWORKS.value), _WORKERS.value
+        available(_NETWORKS.value), cluster_flags.WORKERS.value
     ):
         measured = measure(
             int(workers),
             network,
-            [int(interval) for interval in _SYNC_EVERY.value],
+            [int(interval) for interval in _SYNC_INTERVALS.value],
             _STEPS.value,
             common_flags.REPEATS.value,
         )
         print(table(measured), flush=True)
         records += measured
-        if _OUTPUT_JSON.value:
+        if cluster_flags.OUTPUT_JSON.value:
             text = json.dumps(records, indent=2)
-            pathlib.Path(_OUTPUT_JSON.value).write_text(text)
+            pathlib.Path(cluster_flags.OUTPUT_JSON.value).write_text(text)
 
 
 if __name__ == "__main__":

@@ -38,7 +38,7 @@ from typing import NamedTuple
 
 from absl import app, flags, logging
 
-from benchmarks import common_flags, processes
+from benchmarks import cluster_flags, common_flags, processes
 
 
 # Imported by the workers only, so that each loads TensorFlow or PyTorch, not both.
@@ -89,9 +89,7 @@ def _count(text):
 _PARAMS = flags.DEFINE_list(
     "params", ["0.1M", "1M", "10M", "25M"], "Parameters of the network."
 )
-_WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
 _SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
-_OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the medians.")
 
 
 @flags.validator("params", message="Expected numbers of at least 60, such as 0.1M.")
@@ -102,11 +100,6 @@ def _are_params(texts):
         return False
 
 
-flags.register_validator(
-    "workers",
-    lambda texts: texts and all(t.isdigit() and int(t) > 1 for t in texts),
-    message="Expected whole numbers of at least 2, separated by commas.",
-)
 flags.register_validator(
     "sides",
     lambda names: names and set(names) <= set(SIDES),
@@ -316,15 +309,17 @@ def main(argv):
     if not sides:
         return
     records = []
-    for params, workers in itertools.product(_PARAMS.value, _WORKERS.value):
+    for params, workers in itertools.product(
+        _PARAMS.value, cluster_flags.WORKERS.value
+    ):
         measured = measure(
             _count(params), int(workers), sides, common_flags.REPEATS.value
         )
         print(table(measured), flush=True)
         records += measured
-        if _OUTPUT_JSON.value:
+        if cluster_flags.OUTPUT_JSON.value:
             text = json.dumps(records, indent=2)
-            pathlib.Path(_OUTPUT_JSON.value).write_text(text)
+            pathlib.Path(cluster_flags.OUTPUT_JSON.value).write_text(text)
 
 
 if __name__ == "__main__":

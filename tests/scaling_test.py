@@ -46,7 +46,7 @@ class ScalingTest(absltest.TestCase):
         networks = scaling.available(["loopback", "100mbit"])
         with flagsaver.flagsaver(
             workers=["2"],
-            sync_every=["2"],
+            sync_intervals=["2"],
             networks=networks,
             steps=3,
             repeats=1,
@@ -121,7 +121,7 @@ class ScalingTest(absltest.TestCase):
     def test_flags_out_of_range(self):
         for name, value in (
             ("workers", ["1"]),
-            ("sync_every", ["0"]),
+            ("sync_intervals", ["0"]),
             ("networks", ["fast"]),
             ("networks", ["0mbit"]),
             ("steps", 0),
