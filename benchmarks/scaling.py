@@ -47,7 +47,7 @@ _PROBE_SECONDS = 0.5
 _SYNC_INTERVALS = flags.DEFINE_list(
     "sync_intervals",
     ["1", "10", "50"],
-    "Local steps between synchronisations of psops.",
+    "Synchronisation intervals of psops.",
 )
 _NETWORKS = flags.DEFINE_list(
     "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
