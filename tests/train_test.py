@@ -171,7 +171,9 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         )
         text = text.getvalue()
         self.assertEqual(code, 0, text)
-        self.assertIn("[launch] restarts: 2, workers at the end: 2\n", text)
+        # One more where the launcher sees another one end before the worker that is
+        # gone, whose connections are closed before its process has ended.
+        self.assertRegex(text, r"\[launch\] restarts: [23], workers at the end: 2\n")
         (place,) = set(re.findall(r"Resuming at epoch (\d+), .* step (\d+)", text))
         epoch, step = map(int, place)
         self.assertGreaterEqual(step, 40)
