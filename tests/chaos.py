@@ -178,9 +178,10 @@ def _lost_steps(folder):
         elif text != "0":  # A batch that is skipped on the way back.
             attempts[-1].append(int(text))
     trained = [steps for steps in attempts if steps]
-    # The first number of an attempt is where it resumed; 1 if it did not.
+    # The first number of an attempt is where it resumed; 1 if it did not. A worker that
+    # leaves after SIGTERM does not come to note its last step.
     return [
-        before[-1] - (after[0] if after[0] > 1 else 0)
+        max(0, before[-1] - (after[0] if after[0] > 1 else 0))
         for before, after in zip(trained, trained[1:])
     ]
 
