@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from unittest import mock
 
 from absl import app, flags
 from absl.testing import absltest, flagsaver, parameterized
@@ -419,6 +420,25 @@ workers = len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
             lines,
         )
         return code, "".join(numbers)
+
+    def test_a_worker_that_fails_while_it_is_looked_at(self):
+        def slow(method):
+            def look(*args):
+                result = method(*args)
+                time.sleep(0.3)
+                return result
+
+            return look
+
+        worker = launch_lib._Worker
+        with (
+            mock.patch.object(worker, "find_loss", slow(worker.find_loss)),
+            mock.patch.object(worker, "is_running", slow(worker.is_running)),
+        ):
+            for delay in (0.2, 0.35, 0.5, 0.65):
+                program = f"time.sleep({delay}); sys.exit(3)"
+                code, _ = self.launch(_by_index(program), num_workers=1)
+                self.assertEqual(code, 3, delay)
 
     def test_goes_on_with_fewer_workers(self):
         program = "if workers == 3: sys.exit(3) if index == 2 else time.sleep(100)"

@@ -171,9 +171,7 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         )
         text = text.getvalue()
         self.assertEqual(code, 0, text)
-        # One more where the launcher sees another one end before the worker that is
-        # gone, whose connections are closed before its process has ended.
-        self.assertRegex(text, r"\[launch\] restarts: [23], workers at the end: 2\n")
+        self.assertIn("[launch] restarts: 2, workers at the end: 2\n", text)
         (place,) = set(re.findall(r"Resuming at epoch (\d+), .* step (\d+)", text))
         epoch, step = map(int, place)
         self.assertGreaterEqual(step, 40)

@@ -401,10 +401,12 @@ class _WorkerGroup:
             now = time.monotonic()
             pass_seconds, pass_start = min(now - pass_start, _MAX_PASS_SECONDS), now
             for worker in list(self._workers):
+                # In this order: else one that ends in between would count as well.
+                is_running = worker.is_running()
                 loss = worker.find_loss(pass_seconds, self._stall_timeout)
                 if loss and not self._exit_code:
                     self._end(signal.SIGTERM, *loss, worker if may_restart else None)
-                if not worker.is_running():
+                if not is_running:
                     self._remove(worker)
         if self.reason:
             self._write(f"[launch] {self.reason}\n")
