@@ -10,7 +10,7 @@ from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
-from tf_psops import synchronizer
+from tf_psops import exchange, synchronizer
 
 _ROWS = 2  # Of one particle in one step.
 
@@ -164,7 +164,7 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(weights, after.seen[-1][0].mean(axis=0), atol=1e-6)
 
     def test_training_does_not_wait(self):
-        travel = synchronizer.Synchronizer._travel
+        travel = exchange.Exchange.travel
         events = []
 
         def slow(self, *args):
@@ -176,7 +176,7 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
         _, model = _swarm()
         sync = tf_psops.PSOSync(3, tf_psops.ParticleSwarm(), delay=2)
         probe = _Probe(lambda _: events.append("step"))
-        with mock.patch.object(synchronizer.Synchronizer, "_travel", slow):
+        with mock.patch.object(exchange.Exchange, "travel", slow):
             _fit(model, _data(7), sync, probe)
         rehearsed, *rest = events
         self.assertEqual(rehearsed, "there")

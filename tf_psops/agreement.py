@@ -27,7 +27,9 @@ class Agreement:
             strategy.worker_index,
             strategy.communication_options,
         )
-        self._gather = tf.function(lambda row: group.gather([row], 0), autograph=False)
+        self._gather = tf.function(
+            lambda row: group.gather([row], collectives.Call.TELL), autograph=False
+        )
 
     def check(self, occasion, settings, name=""):
         """Raises an error on every worker unless all have come to do the same.

@@ -9,6 +9,7 @@ They go through the swarm's own `wire.Wire` where there is one, and else through
 TensorFlow's collectives (NCCL, ring).
 """
 
+import enum
 import itertools
 
 import tensorflow as tf
@@ -22,6 +23,19 @@ _group_keys = itertools.count(0x50530000)
 _KEYS_PER_CALL = 1 << 26
 
 _BUCKET_BYTES = 4 << 20
+
+
+class Call(enum.IntEnum):
+    """Which of a synchronisation's calls of `Collectives` it is, 0 to 31."""
+
+    BEGIN = enum.auto()
+    TELL = enum.auto()
+    REPORT = enum.auto()
+    EXCHANGE = enum.auto()
+    AVERAGE = enum.auto()
+    SCORE = enum.auto()
+    HEALTH = enum.auto()
+    CLOSE = enum.auto()
 
 
 class Collectives:
@@ -57,7 +71,7 @@ class Collectives:
 
         Args:
             rows: A list of vectors, [K], one for each local replica.
-            call: A number from 0 to 31 that no other call of this object has.
+            call: A `Call` that no other place in the code gives this object.
         """
         with tf.device(self._devices[0]):
             table = tf.stack([tf.identity(row) for row in rows])
@@ -119,6 +133,15 @@ class Collectives:
                 # In one piece: the ring has its own, which would wait for each other.
                 mean = self._in_buckets(mine, self._all_reduce, call, mine.shape[0])
         return self._to_devices(mean)
+
+    def mean_of_both(self, vectors, others, healthy, call):
+        """Returns the means of two lists of vectors, which travel as one."""
+        if not others[0].shape[0]:
+            return self.mean(vectors, healthy, call), others
+        both = [tf.concat(pair, axis=0) for pair in zip(vectors, others)]
+        means = self.mean(both, healthy, call)
+        size = vectors[0].shape[0]
+        return [mean[:size] for mean in means], [mean[size:] for mean in means]
 
     def broadcast(self, vectors, root, call):
         """Returns replica `root`'s vector, [P], on each local device.
@@ -238,7 +261,7 @@ def tell(strategy, row, timeout=0):
         options,
     )
     row = tf.constant(row, tf.float64)
-    return tf.function(lambda: group.gather([row], 0))().numpy()
+    return tf.function(lambda: group.gather([row], Call.TELL))().numpy()
 
 
 def _scaled_sum(vectors, scale):

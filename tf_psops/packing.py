@@ -15,6 +15,7 @@ class Packing:
     Attributes:
         sizes: The number of elements of each variable, in order.
         size: Their sum.
+        num_bytes: The bytes of the vector.
         variables: The `tf.Variable`s of each local replica.
     """
 
@@ -22,6 +23,7 @@ class Packing:
         self._dtype = dtype
         self.sizes = tuple(int(tf.size(v.value)) for v in variables)
         self.size = sum(self.sizes)
+        self.num_bytes = self.size * dtype.size
         self.variables = list(
             zip(*(strategy.experimental_local_results(v.value) for v in variables))
         )

@@ -1,0 +1,64 @@
+"""A rule as a synchronisation calls it: compiled by XLA, and checked."""
+
+import tensorflow as tf
+
+from tf_psops import compiling
+from tf_psops.rules import rule as rule_lib
+
+
+class CompiledRule:
+    """Calls the functions of a rule, and checks what they return while they are traced.
+
+    `trial`, `move` and `agreed` are compiled. They take and return what those of the
+    rule do, but `tensor_ids` of any integer type.
+
+    Args:
+        rule: A `Rule`.
+    """
+
+    def __init__(self, rule):
+        self._rule = rule
+        self.exchange = rule.exchange
+        self.num_trials = rule.num_trials
+        self.join = rule.join
+        self.factors = rule.factors
+        self.trial = compiling.compiled(self._trial)
+        self.move = compiling.compiled(self._move)
+        self.agreed = compiling.compiled(self._agreed)
+
+    @property
+    def name(self):
+        """Returns the name of the rule's class."""
+        return type(self._rule).__name__
+
+    def init(self, position):
+        """Returns a particle's state before the first synchronisation."""
+        state = self._rule.init(position)
+        rule_lib.check_state(self._rule, state)
+        return state
+
+    def offer(self, state, position, fitness):
+        """Returns a particle's new state and its offer, with no NaN for a score."""
+        returned = self._rule.offer(state, position, fitness)
+        expected = state, rule_lib.Offer(position, fitness)
+        rule_lib.check_returned(self._rule, "offer", returned, expected)
+        state, offer = returned
+        score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
+        return state, offer._replace(score=score)
+
+    def _trial(self, number, state, news, tensor_ids):
+        tensor_ids = tf.cast(tensor_ids, tf.int32)
+        position = self._rule.trial(number, state, news, tensor_ids)
+        rule_lib.check_returned(self._rule, "trial", position, news.vector)
+        return position
+
+    def _move(self, state, position, news, tensor_ids):
+        tensor_ids = tf.cast(tensor_ids, tf.int32)
+        returned = self._rule.move(state, position, news, tensor_ids)
+        rule_lib.check_returned(self._rule, "move", returned, (state, position))
+        return returned
+
+    def _agreed(self, state, vector):
+        position = self._rule.agreed(state, vector)
+        rule_lib.check_returned(self._rule, "agreed", position, vector)
+        return position

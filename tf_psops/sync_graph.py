@@ -1,0 +1,221 @@
+"""What of a synchronisation TensorFlow runs: its traced functions."""
+
+import tensorflow as tf
+
+from tf_psops import _private_api, health
+from tf_psops.collectives import Call
+from tf_psops.rules import rule as rule_lib
+
+
+class SyncGraph:
+    """Makes the tensors of a synchronisation from those that the particles hold.
+
+    All workers must call `tell`, `begin`, `report`, `meet`, `settle` and `close` at the
+    same time. The first call of each traces and compiles it.
+
+    Args:
+        strategy: A `SwarmStrategy`.
+        model: The compiled and built `keras.Model` that was made in its scope.
+        rule: A `CompiledRule`.
+        collectives: The swarm's `Collectives`.
+        particles: The local `Particles`.
+        ledger: Their `Ledger`.
+        delayed: Whether particles take local steps between `report` and `settle`.
+    """
+
+    def __init__(self, strategy, model, rule, collectives, particles, ledger, delayed):
+        self._strategy = strategy
+        self._model = model
+        self._rule = rule
+        self._collectives = collectives
+        self._particles = particles
+        self._ledger = ledger
+        self._delayed = delayed
+
+    @tf.function(autograph=False)
+    def tell(self, row):
+        return self._collectives.gather(self._particles.each(lambda _: row), Call.TELL)
+
+    @tf.function(autograph=False)
+    def begin(self):
+        starts = self._collectives.broadcast(
+            self._particles.each(self._particles.start), tf.constant(0), Call.BEGIN
+        )
+
+        def begin(replica):
+            self._particles.begin(replica, starts[replica])
+            self._ledger.begin(replica)
+
+        self._particles.each(begin)
+
+    @tf.function(autograph=False)
+    def report(self, wish):
+        """Returns a table of all particles, and what the local ones bring.
+
+        The table, [W, 5], has their fitness, score, steps, distance from the vector
+        that travelled last, and what their worker wishes. Then come
+        positions, offers, the rule's new states, and the state to be averaged.
+        """
+        particles = self._particles
+
+        def report(replica):
+            position = particles.weights.pack(replica)
+            loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
+            # Not finite either where an element of the position is not.
+            distance = health.distance(position, particles.vector[replica].read_value())
+            sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
+            fitness = tf.where(sound, loss, float("inf"))
+            state, offer = self._rule.offer(particles.state(replica), position, fitness)
+            row = fitness, offer.score, self._ledger.steps(replica), distance, wish
+            row = tf.stack([tf.cast(value, tf.float64) for value in row])
+            with tf.control_dependencies([row]):
+                self._ledger.close(replica)
+            return row, position, offer.vector, state, particles.averaged.pack(replica)
+
+        rows, *brought = zip(*particles.each(report))
+        return self._collectives.gather(rows, Call.REPORT), *brought
+
+    @tf.function(autograph=False)
+    def meet(self):
+        """Returns a table as of `_report`, with half a step more."""
+
+        def report(replica):
+            return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0, 0.0])
+
+        return self._collectives.gather(self._particles.each(report), Call.REPORT)
+
+    @tf.function(autograph=False)
+    def settle(self, fitness, positions, states, own, vectors, averaged, sync):
+        """Moves the local particles by what travelled.
+
+        Returns whether the rule gave each of them a finite position.
+        """
+        particles, first = self._particles, self._particles.indices.start
+        mine = tf.math.is_finite(fitness)[first:]
+
+        def recall(replica):
+            # What a sick particle remembers is from before it was sick.
+            return tf.cond(
+                mine[replica],
+                lambda: tf.nest.map_structure(tf.identity, states[replica]),
+                lambda: particles.state(replica),
+            )
+
+        states = particles.each(recall)
+
+        def way(replica, packing, start):
+            """Returns how far a particle has gone on since the start."""
+            return tf.cond(
+                mine[replica],
+                lambda: packing.pack(replica) - start,
+                lambda: tf.zeros_like(start),
+            )
+
+        if self._delayed:
+            ways = particles.each(lambda r: way(r, particles.weights, positions[r]))
+
+        def learn(replica):
+            if self._delayed:
+                gone = way(replica, particles.averaged, own[replica])
+            particles.agree(replica, vectors[replica], averaged[replica])
+            if self._delayed:
+                particles.averaged.unpack(replica, averaged[replica] + gone)
+            news = rule_lib.News(
+                vector=vectors[replica],
+                fitness=tf.cast(fitness, particles.dtype),
+                particle=first + replica,
+                sync=sync,
+            )
+            factors = self._rule.factors(news, len(particles.weights.sizes))
+            return news._replace(factors=factors)
+
+        news = particles.each(learn)
+        if self._rule.num_trials:
+            scores = tf.cast(self._score_trials(states, news), particles.dtype)
+            news = [n._replace(scores=scores) for n in news]
+
+        def heal(replica):
+            # A sick particle starts from what travelled, with fresh slots.
+            particles.heal(replica)
+            return tf.identity(vectors[replica])
+
+        def move(replica):
+            position = tf.cond(
+                mine[replica],
+                lambda: tf.identity(positions[replica]),
+                lambda: heal(replica),
+            )
+            ids = particles.tensor_ids[replica]
+            state, position = self._rule.move(
+                states[replica], position, news[replica], ids
+            )
+            particles.remember(replica, state)
+            finite = health.is_finite(position)
+            if self._delayed:
+                position += ways[replica]
+            particles.weights.unpack(replica, position)
+            return finite
+
+        return particles.each(move)
+
+    def _score_trials(self, states, news):
+        """Returns the mean loss over the swarm of what travelled and each trial."""
+        particles = self._particles
+
+        def loss():
+            batch = self._ledger.batch(self._strategy.local_replica())
+            return _private_api.test_loss(self._model, batch)
+
+        def score(number, scores):
+            def show(replica):
+                ids = particles.tensor_ids[replica]
+                position = tf.cond(
+                    number == 0,
+                    lambda: tf.identity(news[replica].vector),
+                    lambda: self._rule.trial(
+                        number - 1, states[replica], news[replica], ids
+                    ),
+                )
+                particles.weights.unpack(replica, position)
+
+            particles.each(show)
+            losses = self._strategy.experimental_local_results(self._strategy.run(loss))
+            row = tf.stack([tf.cast(loss, tf.float64) for loss in losses])
+            return number + 1, scores.write(number, row)
+
+        count = 1 + self._rule.num_trials
+        _, scores = tf.while_loop(
+            lambda number, _: number < count,
+            score,
+            (tf.constant(0), tf.TensorArray(tf.float64, count)),
+            parallel_iterations=1,
+        )
+        rows = tf.unstack(tf.transpose(scores.stack()), len(particles.indices))
+        table = self._collectives.gather(rows, Call.SCORE)
+        table = tf.where(tf.math.is_finite(table), table, float("inf"))
+        return tf.reduce_mean(table, axis=0)
+
+    @tf.function(autograph=False)
+    def close(self, take_mean):
+        particles = self._particles
+        positions = particles.each(
+            particles.weights.pack if take_mean else particles.agreed_position
+        )
+        states = particles.each(particles.left_apart.pack)
+        if take_mean or particles.left_apart.size:
+            finite = [
+                health.is_finite(position) & health.is_finite(state)
+                for position, state in zip(positions, states)
+            ]
+            rows = [tf.cast([flag], tf.float64) for flag in finite]
+            healthy = self._collectives.gather(rows, Call.HEALTH)[:, 0] > 0
+            positions, states = self._collectives.mean_of_both(
+                positions, states, healthy, Call.CLOSE
+            )
+
+        def take(replica):
+            particles.weights.unpack(replica, positions[replica])
+            particles.left_apart.unpack(replica, states[replica])
+            return health.is_finite(positions[replica])
+
+        return particles.each(take)
