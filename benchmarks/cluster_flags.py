@@ -1,4 +1,7 @@
-"""The flags of the benchmarks that run on several workers."""
+"""The flags of the benchmarks that run on several workers, and what they put out."""
+
+import json
+import pathlib
 
 from absl import flags
 
@@ -16,3 +19,18 @@ def expect_numbers(flag, lowest):
 
 
 expect_numbers(WORKERS, 2)
+
+
+def show(table, measurements):
+    """Prints a table of each measurement, and writes all records so far.
+
+    Args:
+        table: A function that returns the text for some records.
+        measurements: An iterable of lists of records.
+    """
+    records = []
+    for measured in measurements:
+        print(table(measured), flush=True)
+        records += measured
+        if OUTPUT_JSON.value:
+            pathlib.Path(OUTPUT_JSON.value).write_text(json.dumps(records, indent=2))

@@ -4,8 +4,8 @@ r"""Measures how training scales with workers, intervals and networks, against S
 python -m benchmarks.scaling --workers=2 --sync_intervals=10,50 --networks=100mbit
 ```
 
-Real processes on this machine train a LeNet on images of MNIST's shape, 32 a step and
-worker, with Keras' `fit`. The sides take turns in the same processes, run by run:
+Real processes on this machine train a LeNet on images of MNIST's shape with Keras'
+`fit`. The sides take turns in the same processes, run by run:
 
   * psops: `PSOSync(n)` with its default rule, for each interval n.
   * ssgd: synchronous SGD, by the same strategy with `share_gradients=True`.
@@ -27,8 +27,6 @@ of workers.
 
 import contextlib
 import itertools
-import json
-import pathlib
 import re
 import socket
 import statistics
@@ -41,7 +39,6 @@ from benchmarks import cluster_flags, common_flags, processes, slow_network
 _RIVALS = ("local", "ssgd")
 # The least ratio of psops to a rival, by interval, workers and network.
 _GOALS = {(50, 2, "loopback", "local"): 0.97, (50, 2, "100mbit", "ssgd"): 5}
-_BATCH_SIZE = 32
 _PROBE_SECONDS = 0.5
 
 _SYNC_INTERVALS = flags.DEFINE_list(
@@ -52,9 +49,11 @@ _SYNC_INTERVALS = flags.DEFINE_list(
 _NETWORKS = flags.DEFINE_list(
     "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
 )
+_BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["32"], "Examples per worker and step.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
 
 cluster_flags.expect_numbers(_SYNC_INTERVALS, 1)
+cluster_flags.expect_numbers(_BATCH_SIZES, 1)
 flags.register_validator(
     "networks",
     lambda names: (
@@ -87,12 +86,13 @@ def available(networks):
 
 
 @contextlib.contextmanager
-def cluster(num_workers, network, sides):
+def cluster(num_workers, network, batch_size, sides):
     """Starts workers that train.
 
     Args:
         num_workers: W, at least 2.
         network: "loopback", or a rate such as "100mbit".
+        batch_size: Examples per worker and step.
         sides: Pairs of "psops" and its interval, or of "ssgd" or "local" and `None`.
 
     Yields:
@@ -114,7 +114,7 @@ def cluster(num_workers, network, sides):
             switch.ask(workers.pids)
         addresses = workers.ask("join")
         measured_mbit = workers.ask("receive_or_send", addresses)[0]
-        workers.ask("make_sides", addresses, sides)
+        workers.ask("make_sides", addresses, sides, batch_size)
 
         def train(side, steps):
             return tuple(zip(*workers.ask("train", side, steps)))
@@ -165,12 +165,12 @@ class _Worker:
                     connection.sendall(bytes(2**16))
         return None
 
-    def make_sides(self, addresses, sides):
+    def make_sides(self, addresses, sides, batch_size):
         self._listener.close()  # TensorFlow takes the port.
         # TensorFlow must not load before the process is where it stays.
         from benchmarks import training_sides
 
-        self._sides = training_sides.make(self._rank, addresses, sides, _BATCH_SIZE)
+        self._sides = training_sides.make(self._rank, addresses, sides, batch_size)
 
     def train(self, side, steps):
         """Returns the seconds that it took, and the bytes that were sent."""
@@ -188,7 +188,12 @@ class _Worker:
 
 
 def measure(
-    num_workers, network="loopback", sync_every=(1, 10, 50), steps=100, repeats=9
+    num_workers,
+    network="loopback",
+    sync_every=(1, 10, 50),
+    batch_size=32,
+    steps=100,
+    repeats=9,
 ):
     """Measures the samples per second of each side.
 
@@ -196,27 +201,29 @@ def measure(
         num_workers: The number of workers, at least 2.
         network: "loopback", or a rate such as "100mbit". Defaults to "loopback".
         sync_every: The intervals of psops. Defaults to 1, 10 and 50.
+        batch_size: Examples per worker and step. Defaults to 32.
         steps: Steps in each timed run, or somewhat more, for whole intervals.
             Defaults to 100.
         repeats: Timed runs of each side, alternating. Defaults to 9.
 
     Returns:
-        A list of dicts, one for each side: "side", "workers", "sync_every" (`None`
-        but for psops), "network", "measured_mbit", "samples_per_second" (the median
-        of those of the whole swarm), "min_samples_per_second",
-        "max_samples_per_second", "to_local" and "to_ssgd" (median ratios), and
-        "bytes_per_step", sent by each worker (`None` on loopback).
+        A list of dicts, one for each side: "side", "workers", "batch_size",
+        "sync_every" (`None` but for psops), "network", "measured_mbit",
+        "samples_per_second" (the median of those of the whole swarm),
+        "min_samples_per_second", "max_samples_per_second", "to_local" and "to_ssgd"
+        (median ratios), and "bytes_per_step", sent by each worker (`None` on
+        loopback).
     """
     # Neighbours have a goal together: other work on the machine is to hit both.
     sides = [("ssgd", None), *(("psops", n) for n in sync_every), ("local", None)]
     rates, sizes = {side: [] for side in sides}, {side: [] for side in sides}
-    with cluster(num_workers, network, sides) as (measured_mbit, train):
+    with cluster(num_workers, network, batch_size, sides) as (measured_mbit, train):
         for repeat in range(repeats + 1):
             for side in sides:
                 length = _num_steps(side, steps)
                 seconds, sent = train(side, length)
                 if repeat:  # The first round traces.
-                    samples = num_workers * _BATCH_SIZE * length
+                    samples = num_workers * batch_size * length
                     rates[side].append(samples / max(seconds))
                     if _mbit(network):
                         sizes[side].append(sum(sent) / num_workers / length)
@@ -224,6 +231,7 @@ def measure(
         {
             "side": side[0],
             "workers": num_workers,
+            "batch_size": batch_size,
             "sync_every": side[1],
             "network": network,
             "measured_mbit": measured_mbit,
@@ -254,7 +262,8 @@ def table(records):
     """Returns the text for the records of one `measure`, with ratios and goals."""
     workers, network = records[0]["workers"], records[0]["network"]
     lines = [
-        f"{workers} workers, {network} ({records[0]['measured_mbit']:.1f} Mbit/s "
+        f"{workers} workers, {records[0]['batch_size']} samples each a step, "
+        f"{network} ({records[0]['measured_mbit']:.1f} Mbit/s "
         "measured): samples per second of all workers",
         f"{'side':6} {'every':>5} {'median':>8} {'lowest':>8} {'highest':>8}"
         f" {'KB a step':>10}" + "".join(f"{'/ ' + rival:>19}" for rival in _RIVALS),
@@ -278,22 +287,18 @@ def main(argv):
     """Prints a table for each number of workers and network, and writes the records."""
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
-    records = []
-    for network, workers in itertools.product(
-        available(_NETWORKS.value), cluster_flags.WORKERS.value
-    ):
-        measured = measure(
-            int(workers),
-            network,
-            [int(interval) for interval in _SYNC_INTERVALS.value],
-            _STEPS.value,
-            common_flags.REPEATS.value,
-        )
-        print(table(measured), flush=True)
-        records += measured
-        if cluster_flags.OUTPUT_JSON.value:
-            text = json.dumps(records, indent=2)
-            pathlib.Path(cluster_flags.OUTPUT_JSON.value).write_text(text)
+    settings = itertools.product(
+        available(_NETWORKS.value), cluster_flags.WORKERS.value, _BATCH_SIZES.value
+    )
+    intervals = [int(interval) for interval in _SYNC_INTERVALS.value]
+    rest = _STEPS.value, common_flags.REPEATS.value
+    cluster_flags.show(
+        table,
+        (
+            measure(int(workers), network, intervals, int(batch_size), *rest)
+            for network, workers, batch_size in settings
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -28,9 +28,7 @@ import collections
 import contextlib
 import importlib.util
 import itertools
-import json
 import math
-import pathlib
 import socket
 import statistics
 import time
@@ -308,18 +306,14 @@ def main(argv):
     sides = available(_SIDES.value)
     if not sides:
         return
-    records = []
-    for params, workers in itertools.product(
-        _PARAMS.value, cluster_flags.WORKERS.value
-    ):
-        measured = measure(
-            _count(params), int(workers), sides, common_flags.REPEATS.value
-        )
-        print(table(measured), flush=True)
-        records += measured
-        if cluster_flags.OUTPUT_JSON.value:
-            text = json.dumps(records, indent=2)
-            pathlib.Path(cluster_flags.OUTPUT_JSON.value).write_text(text)
+    sizes = itertools.product(_PARAMS.value, cluster_flags.WORKERS.value)
+    cluster_flags.show(
+        table,
+        (
+            measure(_count(params), int(workers), sides, common_flags.REPEATS.value)
+            for params, workers in sizes
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from benchmarks import processes, scaling, slow_network
 _KEYS = {
     "side",
     "workers",
+    "batch_size",
     "sync_every",
     "network",
     "measured_mbit",
@@ -93,7 +94,7 @@ class ScalingTest(absltest.TestCase):
         with (
             mock.patch.object(processes, "Processes", watched),
             self.assertRaisesRegex(RuntimeError, "(?s)Worker . failed.*tc qdisc"),
-            scaling.cluster(2, too_fast, []),
+            scaling.cluster(2, too_fast, 32, []),
         ):
             pass
         self.assertLen(pids, 3)
@@ -117,21 +118,6 @@ class ScalingTest(absltest.TestCase):
             networks = scaling.available(["100mbit", "loopback"])
         self.assertEqual(networks, ["loopback"])
         self.assertIn("Skipped 100mbit", logs.output[0])
-
-    def test_flags_out_of_range(self):
-        for name, value in (
-            ("workers", ["1"]),
-            ("sync_intervals", ["0"]),
-            ("networks", ["fast"]),
-            ("networks", ["0mbit"]),
-            ("steps", 0),
-        ):
-            with (
-                self.subTest(name=name, value=value),
-                self.assertRaises(flags.IllegalFlagValueError),
-                flagsaver.flagsaver(**{name: value}),
-            ):
-                pass
 
 
 if __name__ == "__main__":

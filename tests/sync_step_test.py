@@ -132,20 +132,6 @@ class SyncStepTest(absltest.TestCase):
             self.assertEqual(sync_step.available(["gloo_averager", "tcp"]), ["tcp"])
         self.assertIn("Skipped gloo_averager", logs.output[0])
 
-    def test_flags_out_of_range(self):
-        for name, value in (
-            ("params", ["59"]),
-            ("params", ["many"]),
-            ("workers", ["1"]),
-            ("sides", ["mpi"]),
-        ):
-            with (
-                self.subTest(name=name, value=value),
-                self.assertRaises(flags.IllegalFlagValueError),
-                flagsaver.flagsaver(**{name: value}),
-            ):
-                pass
-
 
 if __name__ == "__main__":
     absltest.main()
