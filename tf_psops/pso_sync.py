@@ -11,6 +11,7 @@ from absl import logging
 from tf_psops import (
     _checks,
     _private_api,
+    fit_checks,
     heartbeat,
     one_model,
     resumption,
@@ -18,7 +19,6 @@ from tf_psops import (
     stopping,
     synchronizer,
 )
-from tf_psops import strategy as strategy_lib
 
 # What a worker wishes for the whole swarm, the strongest last.
 _GO_ON, _STOP, _GO_AWAY = range(3)
@@ -218,30 +218,24 @@ class PSOSync(keras.callbacks.Callback):
 
     def set_model(self, model):
         super().set_model(model)
-        strategy = model.distribute_strategy
-        if not isinstance(strategy, strategy_lib.SwarmStrategy):
-            raise ValueError(
-                "PSOSync needs a model made and compiled in the scope of a "
-                "`tf_psops.SwarmStrategy`. Received a model under "
-                f"{type(strategy).__name__}. Write `strategy = "
-                "tf_psops.SwarmStrategy()` (or SwarmStrategy.in_process(4)), and make "
-                "and compile the model inside `with strategy.scope():`."
-            )
-        self._check_other_callbacks()
+        fit_checks.check_strategy(model)
+        callback_list = _private_api.calling_list(self)
+        if callback_list is None:
+            return
+        fit_checks.check_callbacks(callback_list.callbacks, PSOSync)
+        if model.distribute_strategy.worker_index:
+            # All workers log the same numbers. Two must not write the same file.
+            writers = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
+            callback_list.callbacks = [
+                c for c in callback_list.callbacks if not isinstance(c, writers)
+            ]
 
     def on_train_begin(self, logs=None):
-        per_execution = self.model.steps_per_execution
-        for name in ("sync_every", "delay"):
-            steps = getattr(self, name)
-            if steps % per_execution:
-                raise ValueError(
-                    f"{name}={steps} is not a multiple of steps_per_execution="
-                    f"{per_execution}: Keras runs {per_execution} steps at a time, so "
-                    f"the end of {steps} steps cannot be hit. Choose `{name}` as a "
-                    "multiple of `steps_per_execution`."
-                )
-        self._check_scope()
-        self._check_compilation()
+        fit_checks.check_multiples(
+            self.model.steps_per_execution, sync_every=self.sync_every, delay=self.delay
+        )
+        fit_checks.check_scope(self.model)
+        fit_checks.check_compilation(self.model, self.rule)
         # A later `fit` of the same compiled model goes on with what was traced.
         compiled = (self.model, self.model.optimizer, self.model.metrics[0])
         is_new = self._synchronized != compiled
@@ -396,16 +390,9 @@ class PSOSync(keras.callbacks.Callback):
 
     def _settings(self):
         """Returns what has to be the same on all workers."""
-        model, optimizer = self.model, self.model.optimizer
-        optimizer = getattr(optimizer, "inner_optimizer", optimizer)
         payload = self.payload_dtype and tf.as_dtype(self.payload_dtype).name
         return {
-            "model": [(v.name, tuple(v.shape), v.dtype) for v in model.weights],
-            "number of trainable weights": len(model.trainable_weights),
-            "optimizer": (
-                type(optimizer).__name__,
-                [(tuple(v.shape), v.dtype) for v in optimizer.variables],
-            ),
+            **fit_checks.settings(self.model),
             "sync_every": self.sync_every,
             "rule": rules.describe(self.rule),
             "non_trainable": self.non_trainable,
@@ -414,64 +401,4 @@ class PSOSync(keras.callbacks.Callback):
             "delay": self.delay,
             "backups": self._resumption and self._resumption.settings,
             "epochs": (self.params or {}).get("epochs"),
-            "local particles": len(model.distribute_strategy.extended.worker_devices),
         }
-
-    def _check_other_callbacks(self):
-        callback_list = _private_api.calling_list(self)
-        callbacks = callback_list.callbacks if callback_list else [self]
-        num_syncs = sum(isinstance(callback, PSOSync) for callback in callbacks)
-        if num_syncs > 1:
-            raise ValueError(
-                f"One `fit` cannot have more than one PSOSync. Received: {num_syncs} "
-                "in `callbacks`. Keep one of them."
-            )
-        for callback in callbacks:
-            if isinstance(callback, keras.callbacks.BackupAndRestore):
-                raise ValueError(
-                    "Keras' BackupAndRestore keeps one particle, not the swarm. "
-                    f"Received: {callback!r} in `callbacks`. Leave it out, and use "
-                    "`PSOSync(backup_dir=...)`."
-                )
-        if self.model.distribute_strategy.worker_index:
-            # All workers log the same numbers. Two must not write the same file.
-            kept = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
-            callbacks = [c for c in callbacks if not isinstance(c, kept)]
-            callback_list.callbacks = callbacks
-
-    def _check_scope(self):
-        model, optimizer = self.model, self.model.optimizer
-        if optimizer is None:
-            raise ValueError(
-                "PSOSync needs a model with an optimizer. Received: optimizer=None. "
-                "Compile the model with one, inside `with strategy.scope():`."
-            )
-        # `optimizer.iterations` is no variable where gradients accumulate.
-        made = {
-            "a model": model.trainable_variables,
-            "an optimizer": optimizer.variables[:1],
-            "a loss": model.metrics[0].variables,
-        }
-        names = {"a model": model.name, "an optimizer": type(optimizer).__name__}
-        for what, variables in made.items():
-            for variable in variables:
-                owner = getattr(variable.value, "distribute_strategy", None)
-                if owner is not model.distribute_strategy:
-                    where = "outside of it" if owner is None else f"under {owner!r}"
-                    raise ValueError(
-                        f"PSOSync needs {what} made in the scope of the SwarmStrategy. "
-                        f"Received: {names.get(what, variable.path)}, made {where}. "
-                        "Make the model and the optimizer, and compile the model, "
-                        "inside `with strategy.scope():` of one strategy."
-                    )
-
-    def _check_compilation(self):
-        particles = len(self.model.distribute_strategy.extended.worker_devices)
-        if not self.model.jit_compile or particles == 1 and not self.rule.num_trials:
-            return
-        raise ValueError(
-            "XLA cannot compile the training of several particles in one process, or "
-            "of a rule with trial positions. Received: jit_compile=True with "
-            f"{particles} local particles and rule={type(self.rule).__name__}. "
-            "Compile the model with jit_compile=False."
-        )
