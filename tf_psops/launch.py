@@ -37,25 +37,20 @@ then, after a grace, with SIGKILL. Should the launcher itself be killed, a small
 process kills the groups. Only a process that moves to another process group escapes.
 """
 
-import codecs
 import contextlib
-import io
-import json
 import math
-import numbers
 import os
 import selectors
 import signal
-import socket
-import subprocess
 import sys
 import tempfile
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from typing import TextIO
 
 from absl import app, flags
+
+from tf_psops import _checks, worker_group
 
 _NUM_WORKERS = flags.DEFINE_integer(
     "num_workers", 2, "Number of workers to run.", lower_bound=1
@@ -96,32 +91,6 @@ _EXAMPLE = (
     "--dataset=digits"
 )
 _HANDED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-_STALLED_EXIT_CODE = 124  # As of timeout(1).
-# Before a restart; the others may hang in a collective with the lost worker.
-_RESTART_GRACE_SECONDS = 2.0
-_POLL_SECONDS = 0.01
-# What a pass of the loop counts for at most. If the launcher itself is held up, as by a
-# stopped terminal, so is the output of the workers.
-_MAX_PASS_SECONDS = 0.5
-# More than a pipe holds, so that one read empties it.
-_CHUNK_BYTES = 1 << 20
-# Each line of standard input lists the process groups that run; the end of the input
-# means that the launcher is gone, for whatever reason. The argument is the folder with
-# the heartbeats.
-_GUARD = """
-import os, shutil, signal, sys
-for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-    signal.signal(signum, signal.SIG_IGN)
-groups = ""
-for groups in sys.stdin:
-    pass
-for group in groups.split():
-    try:
-        os.killpg(int(group), signal.SIGKILL)
-    except OSError:
-        pass
-shutil.rmtree(sys.argv[1], ignore_errors=True)
-"""
 
 
 def launch(
@@ -180,7 +149,7 @@ def launch(
         )
     if min_workers is None:
         min_workers = num_workers
-    whole, real = numbers.Integral, numbers.Real
+    whole, real = _checks.is_whole, _checks.is_real
     _check(whole, 1, "at least 1", num_workers=num_workers)
     _check(real, 0, "at least 0", grace_seconds=grace_seconds)
     _check(real, 0, "at least 0 (no limit)", stall_timeout=stall_timeout)
@@ -202,17 +171,11 @@ def launch(
     heartbeats = tempfile.mkdtemp(prefix="tf_psops-")
     with (
         _record_signals() as signums,
-        subprocess.Popen(
-            [sys.executable, "-I", "-S", "-c", _GUARD, heartbeats],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            bufsize=0,
-            start_new_session=True,
-        ) as guard,
+        worker_group.start_guard(heartbeats) as guard,
         selectors.DefaultSelector() as selector,
     ):
         while True:
-            group = _WorkerGroup(
+            group = worker_group.WorkerGroup(
                 grace_seconds, stall_timeout or math.inf, output, guard, selector
             )
             group.start(command, num_workers, f"{heartbeats}/{len(reasons)}")
@@ -234,221 +197,6 @@ def launch(
     return exit_code
 
 
-class _Worker:
-    """Runs one worker as the leader of a process group and prints its output."""
-
-    def __init__(
-        self,
-        index: int,
-        command: Sequence[str],
-        tf_config: str,
-        heartbeat: str,
-        grace_seconds: float,
-        write: Callable[[str], None],
-    ):
-        self.index = index
-        self.has_beaten = False
-        self.process = subprocess.Popen(
-            command,
-            env={
-                **os.environ,
-                "TF_CONFIG": tf_config,
-                "TF_PSOPS_HEARTBEAT": heartbeat,
-                "PYTHONUNBUFFERED": "1",
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            bufsize=0,
-            start_new_session=True,
-        )
-        os.set_blocking(self.process.stdout.fileno(), False)
-        self._heartbeat = heartbeat
-        self._last_beat = 0
-        self._silent_seconds = 0.0
-        self._grace_seconds = grace_seconds
-        self._kill_time = math.inf
-        self._write = write
-        # Makes "\r" and "\r\n" into "\n", so a progress bar becomes lines.
-        self._decoder = io.IncrementalNewlineDecoder(
-            codecs.getincrementaldecoder("utf-8")("replace"), translate=True
-        )
-        self._partial_line = ""
-
-    def print_output(self, final: bool = False) -> bool:
-        """Prints the full lines at hand, all of them if `final`; false at the end."""
-        chunk = self.process.stdout.read(_CHUNK_BYTES)  # None if the pipe is empty.
-        if chunk:
-            self._silent_seconds = 0.0
-        # Keras goes back over its progress bar with backspaces.
-        text = self._decoder.decode(chunk or b"", final).replace("\b", "")
-        text = self._partial_line + text + ("\n" if final else "")
-        *lines, self._partial_line = text.split("\n")
-        self._write(
-            "".join(f"[worker {self.index}] {line}\n" for line in lines if line.strip())
-        )
-        return chunk != b""
-
-    def find_loss(
-        self, pass_seconds: float, stall_timeout: float
-    ) -> tuple[int, str] | None:
-        """Returns the launcher's exit code and the reason if the worker is lost."""
-        code = self.process.poll()
-        self._silent_seconds += pass_seconds
-        with contextlib.suppress(FileNotFoundError):  # Before the first beat.
-            beat = os.stat(self._heartbeat).st_mtime_ns
-            if beat != self._last_beat:
-                self._last_beat = beat
-                self.has_beaten = True
-                self._silent_seconds = 0.0
-        if code:
-            return _explain(self.index, code)
-        if code is None and self._silent_seconds > stall_timeout:
-            return _STALLED_EXIT_CODE, (
-                f"worker {self.index} made no progress for "
-                f"stall_timeout={stall_timeout:g} seconds"
-            )
-        return None
-
-    def end(self, signum: int, grace_seconds: float = math.inf) -> None:
-        """Sends a signal to the process group, to be killed after the grace."""
-        self._signal(signum)
-        self._signal(signal.SIGCONT)  # A stopped process would not see the signal.
-        grace_seconds = min(grace_seconds, self._grace_seconds)
-        self._kill_time = min(self._kill_time, time.monotonic() + grace_seconds)
-
-    def is_running(self) -> bool:
-        """Tells whether the process group runs, and ends what it should not leave."""
-        overdue = time.monotonic() >= self._kill_time
-        if overdue:
-            self._signal(signal.SIGKILL)
-        if self.process.poll() is None:
-            return True
-        if overdue or not self._signal(0):
-            return False
-        if self._kill_time == math.inf:
-            self.end(signal.SIGTERM)
-        return True
-
-    def _signal(self, signum: int) -> bool:
-        """Signals the process group; false if it has no process left."""
-        try:
-            os.killpg(self.process.pid, signum)
-        except (ProcessLookupError, PermissionError):  # On macOS also for a zombie.
-            return False
-        return True
-
-
-class _WorkerGroup:
-    """Runs the workers of one cluster: all of them, or none."""
-
-    def __init__(
-        self,
-        grace_seconds: float,
-        stall_timeout: float,
-        output: TextIO,
-        guard: subprocess.Popen,
-        selector: selectors.BaseSelector,
-    ):
-        self._grace_seconds = grace_seconds
-        self._stall_timeout = stall_timeout
-        self._output = output
-        self._guard = guard
-        self._selector = selector
-        self._workers: list[_Worker] = []
-        self._exit_code = 0
-        self.reason = ""
-        self.lost: _Worker | None = None
-        self._write_error: OSError | None = None
-
-    def start(self, command: Sequence[str], num_workers: int, heartbeat: str) -> None:
-        """Starts the workers; if one cannot be started, ends them all."""
-        for index, tf_config in enumerate(_tf_configs(num_workers)):
-            try:
-                worker = _Worker(
-                    index,
-                    command,
-                    tf_config,
-                    f"{heartbeat}-{index}",
-                    self._grace_seconds,
-                    self._write,
-                )
-            except OSError as error:
-                self._end(
-                    signal.SIGTERM,
-                    127,
-                    f"cannot start {command[0]!r}: {error.strerror}. "
-                    "Check the command and its path.",
-                )
-                return
-            self._workers.append(worker)
-            self._tell_guard()
-            self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
-
-    def wait(self, signums: deque[int], may_restart: bool) -> int:
-        """Waits until no worker runs, and returns the exit code of the launcher.
-
-        Leaves the worker whose loss asks for a restart, if that may be, in `lost`.
-        """
-        pass_start = time.monotonic()
-        while self._workers:
-            for key, _ in self._selector.select(_POLL_SECONDS):
-                if not key.data.print_output():
-                    self._selector.unregister(key.fileobj)
-            while signums:
-                signum = signums.popleft()
-                self._end(signum, 128 + signum, f"received {_describe(signum)}")
-            now = time.monotonic()
-            pass_seconds, pass_start = min(now - pass_start, _MAX_PASS_SECONDS), now
-            for worker in list(self._workers):
-                # In this order: else one that ends in between would count as well.
-                is_running = worker.is_running()
-                loss = worker.find_loss(pass_seconds, self._stall_timeout)
-                if loss and not self._exit_code:
-                    self._end(signal.SIGTERM, *loss, worker if may_restart else None)
-                if not is_running:
-                    self._remove(worker)
-        if self.reason:
-            self._write(f"[launch] {self.reason}\n")
-        if self._write_error:
-            raise self._write_error
-        return self._exit_code
-
-    def _write(self, text: str) -> None:
-        """Writes to the output; if that fails (terminal gone), ends all workers."""
-        if self._write_error:
-            return
-        try:
-            self._output.write(text)
-            self._output.flush()
-        except OSError as error:
-            self._write_error = error
-            self._end(signal.SIGTERM, 1, "cannot write the output")
-
-    def _end(
-        self, signum: int, exit_code: int, reason: str, lost: _Worker | None = None
-    ) -> None:
-        """Ends all workers; the first reason counts, unless it asks for a restart."""
-        if not self._exit_code or self.lost:
-            self._exit_code, self.reason, self.lost = exit_code, reason, lost
-        for worker in self._workers:
-            worker.end(signum, _RESTART_GRACE_SECONDS if lost else math.inf)
-
-    def _remove(self, worker: _Worker) -> None:
-        self._workers.remove(worker)
-        self._tell_guard()
-        worker.print_output(final=True)
-        stdout = worker.process.stdout
-        if stdout in self._selector.get_map():
-            self._selector.unregister(stdout)
-        stdout.close()
-
-    def _tell_guard(self) -> None:
-        groups = " ".join(str(worker.process.pid) for worker in self._workers)
-        with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.write(f"{groups}\n".encode())
-
-
 @contextlib.contextmanager
 def _record_signals() -> Iterator[deque[int]]:
     """Collects the signals to hand on, except those that are ignored (`nohup`)."""
@@ -465,42 +213,16 @@ def _record_signals() -> Iterator[deque[int]]:
             signal.signal(signum, handler)
 
 
-def _tf_configs(num_workers: int) -> list[str]:
-    """Returns the `TF_CONFIG` of each worker of a cluster on free loopback ports."""
-    with contextlib.ExitStack() as stack:
-        # All sockets stay open until the last is bound, so that no port comes twice.
-        sockets = [stack.enter_context(socket.socket()) for _ in range(num_workers)]
-        for free in sockets:
-            free.bind(("127.0.0.1", 0))
-        addresses = [f"127.0.0.1:{free.getsockname()[1]}" for free in sockets]
-    return [
-        json.dumps(
-            {
-                "cluster": {"worker": addresses},
-                "task": {"type": "worker", "index": index},
-            }
-        )
-        for index in range(num_workers)
-    ]
-
-
-def _explain(index: int, returncode: int) -> tuple[int, str]:
-    """Returns the launcher's exit code for a failed worker, and what happened."""
-    if returncode < 0:
-        return 128 - returncode, f"worker {index} was ended by {_describe(-returncode)}"
-    return returncode, f"worker {index} failed with exit code {returncode}"
-
-
 def _check(
-    kind: type, lowest: int, expected: str, highest: float = math.inf, **argument: float
+    is_kind: Callable[[object], bool],
+    lowest: int,
+    expected: str,
+    highest: float = math.inf,
+    **argument: float,
 ) -> None:
     [(name, value)] = argument.items()
-    if (
-        not isinstance(value, kind)
-        or isinstance(value, bool)
-        or not lowest <= value <= highest
-    ):
-        number = "whole number" if kind is numbers.Integral else "number"
+    if not is_kind(value) or not lowest <= value <= highest:
+        number = "whole number" if is_kind is _checks.is_whole else "number"
         raise ValueError(
             f"`{name}` must be {expected}. Received: {value!r}. Pass a {number} in "
             "this range."
@@ -509,10 +231,6 @@ def _check(
 
 def _log(output: TextIO, text: str) -> None:
     print(f"[launch] {text}", file=output, flush=True)
-
-
-def _describe(signum: int) -> str:
-    return f"signal {signum} ({signal.strsignal(signum)})"
 
 
 def main(argv: Sequence[str]) -> int:

@@ -1,0 +1,193 @@
+"""Tests of how `tf_psops.launch` notices a stalled worker, and how it restarts."""
+
+import io
+import json
+import re
+import time
+from unittest import mock
+
+import launching
+from absl.testing import absltest, parameterized
+
+from tf_psops import heartbeat, launch, worker_group
+
+_BEAT = f"import runpy; beat = runpy.run_path({heartbeat.__file__!r})['beat']\n"
+# Counts how many times this worker has been started, from 1.
+_COUNT = """
+with open(f"{os.environ['PIDS']}/{index}", "a") as file:
+    file.write(".")
+    attempt = file.tell()
+"""
+
+
+class StallTest(launching.LaunchTestCase):
+    def test_silent_worker_is_lost(self):
+        noisy = "while True: print('on'); time.sleep(0.1)"
+        code, lines = self.launch(
+            launching.by_index(noisy, "time.sleep(100)"), stall_timeout=2
+        )
+        self.assertEqual(code, 124)
+        self.assertEqual(
+            lines[-1],
+            "[launch] worker 1 made no progress for stall_timeout=2 seconds",
+        )
+
+    def test_output_and_beats_are_progress(self):
+        work = "for _ in range(40): time.sleep(0.1); "
+        code, lines = self.launch(
+            launching.by_index(work + "print('.', end='')", _BEAT + work + "beat()"),
+            stall_timeout=2.5,
+        )
+        self.assertEqual(code, 0, lines)
+        self.assertEqual(lines, ["[worker 0] " + 40 * "."])
+
+    def test_stopped_worker_is_asked_to_end(self):
+        program = """
+signal.signal(signal.SIGTERM, lambda *_: (print("saved"), sys.exit()))
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+        code, lines = self.launch(
+            launching.by_index(program), num_workers=1, stall_timeout=1
+        )
+        self.assertEqual(code, 124)
+        self.assertIn("[worker 0] saved", lines)
+
+    def test_no_stall_while_launcher_is_held_up(self):
+        class Terminal(io.StringIO):
+            def write(self, text):
+                if "hold" in text:
+                    time.sleep(3)
+                return super().write(text)
+
+        # The second worker's lines wait while the first one's cannot be shown.
+        lively = launching.READY + "for _ in range(40): print('on'); time.sleep(0.1)"
+        output = Terminal()
+        code = launch.launch(
+            launching.by_index(launching.AWAIT_READY + "print('hold')", lively),
+            num_workers=2,
+            output=output,
+            stall_timeout=2,
+        )
+        self.assertEqual(code, 0, output.getvalue())
+
+
+class RestartTest(launching.LaunchTestCase):
+    @parameterized.named_parameters(
+        ("exit_code", "sys.exit(3)", "failed with exit code 3"),
+        ("preempted", "os.kill(os.getpid(), signal.SIGTERM)", "was ended by signal 15"),
+        ("stopped", "os.kill(os.getpid(), signal.SIGSTOP)", "made no progress for"),
+    )
+    def test_after_loss(self, loss, reason):
+        show = "print(attempt, os.environ['TF_CONFIG'])\n"
+        code, lines = self.launch(
+            launching.by_index(
+                _COUNT + show + launching.AWAIT_READY,
+                f"{_COUNT}{show}\nif attempt == 1: {loss}\n{launching.READY}",
+            ),
+            stall_timeout=2.5,
+            max_restarts=3,
+        )
+        self.assertEqual(code, 0, lines)
+        launch_lines = [line for line in lines if line.startswith("[launch]")]
+        self.assertLen(launch_lines, 4)
+        self.assertRegex(launch_lines[0], rf"^\[launch\] worker \d {reason}")
+        self.assertStartsWith(launch_lines[1], "[launch] restart 1 of 3")
+        self.assertEqual(launch_lines[2], "[launch] restarts: 1, workers at the end: 2")
+        self.assertRegex(launch_lines[3], rf"^\[launch\] restart 1: worker \d {reason}")
+        clusters = [
+            json.loads(line.split(" ", 3)[3])["cluster"]["worker"]
+            for line in lines
+            if line.startswith("[worker 1]")
+        ]
+        self.assertLen(clusters, 2)
+        self.assertNotEqual(*clusters)
+
+    def test_bounded(self):
+        code, lines = self.launch(
+            launching.by_index("time.sleep(100)", _COUNT + "sys.exit(attempt)"),
+            max_restarts=2,
+        )
+        self.assertEqual(code, 3)
+        self.assertEqual(
+            lines[-4:],
+            [
+                "[launch] worker 1 failed with exit code 3",
+                "[launch] restarts: 2, workers at the end: 2",
+                "[launch] restart 1: worker 1 failed with exit code 1",
+                "[launch] restart 2: worker 1 failed with exit code 2",
+            ],
+        )
+
+    def test_nothing_to_restart(self):
+        code, lines = self.launch(["true"], max_restarts=3)
+        self.assertEqual((code, lines), (0, []))
+
+    def test_cannot_start(self):
+        code, lines = self.launch(["/no/such/program"], max_restarts=3)
+        self.assertEqual(code, 127)
+        self.assertLen(lines, 1)
+
+    def test_leaves_no_orphan_and_waits_little(self):
+        start = _COUNT + launching.PARENT
+        stubborn = (
+            launching.IGNORE_SIGTERM
+            + launching.READY
+            + "if attempt == 1: time.sleep(100)"
+        )
+        fails_once = launching.AWAIT_READY + "if attempt == 1: sys.exit(3)"
+        with mock.patch.object(worker_group, "_RESTART_GRACE_SECONDS", 0.3):
+            code, lines = self.launch(
+                launching.by_index(start + stubborn, start + fails_once),
+                grace_seconds=100,
+                max_restarts=1,
+            )
+        self.assertEqual(code, 0, lines)
+        self.assert_no_orphan(num_workers=4)
+
+    def numbers_of_workers(self, program, **options):
+        """Returns the exit code and each restart's number of workers; first it is 3."""
+        program = f"""
+workers = len(json.loads(os.environ["TF_CONFIG"])["cluster"]["worker"])
+{_COUNT}{program}
+"""
+        code, lines = self.launch(
+            launching.by_index(*[program] * 3), num_workers=3, max_restarts=4, **options
+        )
+        numbers = re.findall(r"restart \d of 4, workers: (\d)", "\n".join(lines))
+        self.assertIn(
+            f"[launch] restarts: {len(numbers)}, workers at the end: {numbers[-1]}",
+            lines,
+        )
+        return code, "".join(numbers)
+
+    def test_goes_on_with_fewer_workers(self):
+        program = "if workers == 3: sys.exit(3) if index == 2 else time.sleep(100)"
+        result = self.numbers_of_workers(program, min_workers=1)
+        self.assertEqual(result, (0, "32"))
+
+    @parameterized.named_parameters(
+        ("fewer", "", 1, "3211"),
+        ("not_below_min_workers", "", 2, "3222"),
+        ("not_by_default", "", None, "3333"),
+        ("not_after_progress", _BEAT + "beat()", 1, "3333"),
+    )
+    def test_always_the_same_worker(self, program, min_workers, numbers):
+        program += "\nsys.exit(3) if index == 0 else time.sleep(100)"
+        result = self.numbers_of_workers(program, min_workers=min_workers)
+        self.assertEqual(result, (3, numbers))
+
+    def test_never_the_same_worker(self):
+        program = """
+def has_started(worker):
+    path = f"{os.environ['PIDS']}/{worker}"
+    return os.path.exists(path) and os.path.getsize(path) == attempt
+while not all(map(has_started, range(3))):
+    time.sleep(0.01)
+sys.exit(3) if index == attempt % 2 else time.sleep(100)
+"""
+        result = self.numbers_of_workers(program, min_workers=1)
+        self.assertEqual(result, (3, "3333"))
+
+
+if __name__ == "__main__":
+    absltest.main()
