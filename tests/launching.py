@@ -44,6 +44,7 @@ IGNORE_SIGTERM = "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)\n
 
 
 def python(program):
+    """Returns a command that runs a program in Python."""
     return [sys.executable, "-c", program]
 
 
@@ -57,6 +58,7 @@ def by_index(*programs):
 
 
 def is_running(pid):
+    """Returns whether there is such a process, and it is no zombie."""
     try:
         state = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError as error:
@@ -67,6 +69,7 @@ def is_running(pid):
 
 
 def wait_until(condition):
+    """Waits for a condition, for at most `TIMEOUT_SECONDS`."""
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
         if time.monotonic() > deadline:
@@ -75,6 +78,8 @@ def wait_until(condition):
 
 
 class LaunchTestCase(parameterized.TestCase):
+    """Runs `launch`, and knows the processes that `PARENT` has noted."""
+
     def setUp(self):
         super().setUp()
         self.pids_dir = pathlib.Path(self.enter_context(tempfile.TemporaryDirectory()))
