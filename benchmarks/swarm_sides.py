@@ -4,6 +4,7 @@ All share one model. A batch of one row through 60 layers keeps the scoring of t
 positions real, and small beside the synchronisation.
 """
 
+import functools
 import json
 import os
 
@@ -18,6 +19,7 @@ _RULES = {
     # Leaves all particles on the best, as the peers' broadcasts do.
     "psops_broadcast": lambda: tf_psops.ParticleSwarm(take="global_best"),
     "psops_all_reduce": tf_psops.ParameterAverage,
+    "ring_all_reduce": tf_psops.ParameterAverage,
 }
 
 
@@ -26,7 +28,7 @@ def make(names, shapes, links):
 
     Args:
         names: Names of the sides: "psops", "psops_broadcast", "psops_all_reduce",
-            each also with "/float16", and "all_gather".
+            each also with "/float16", "ring_all_reduce" and "all_gather".
         shapes: The shapes of the model's weights, all of them [size, size].
         links: A `benchmarks.sync_step.Links`.
 
@@ -38,9 +40,29 @@ def make(names, shapes, links):
     task = {"type": "worker", "index": links.rank}
     cluster = {"worker": links.addresses}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
-    strategy = tf_psops.SwarmStrategy(
-        startup_timeout=links.timeout, timeout=links.timeout
-    )
+
+    @functools.cache
+    def home(collectives):
+        options = tf.distribute.experimental.CommunicationOptions
+        strategy = tf_psops.SwarmStrategy(
+            communication_options=options(implementation=collectives),
+            startup_timeout=links.timeout,
+            timeout=links.timeout,
+        )
+        return strategy, _make_model(strategy, shapes)
+
+    sides = {}
+    for name in names:
+        strategy, model = home("RING" if name == "ring_all_reduce" else "AUTO")
+        if name == "all_gather":
+            sides[name] = _AllGather(strategy, model)
+        else:
+            rule, _, payload = name.partition("/")
+            sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
+    return sides
+
+
+def _make_model(strategy, shapes):
     with strategy.scope():
         model = _Untrained(
             [keras.Input(shapes[0][:1])]
@@ -50,14 +72,7 @@ def make(names, shapes, links):
         model.compile(
             loss=lambda y_true, y_pred: tf.reduce_mean(y_true + y_pred, axis=-1)
         )
-    sides = {}
-    for name in names:
-        if name == "all_gather":
-            sides[name] = _AllGather(strategy, model)
-        else:
-            rule, _, payload = name.partition("/")
-            sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
-    return sides
+    return model
 
 
 class _Untrained(keras.Sequential):

@@ -34,10 +34,12 @@ class SyncGraph:
 
     @tf.function(autograph=False)
     def tell(self, row):
+        """Returns a worker's row, [K], of each particle, [W, K]."""
         return self._collectives.gather(self._particles.each(lambda _: row), Call.TELL)
 
     @tf.function(autograph=False)
     def begin(self):
+        """Puts all particles on the first one's position, at rest."""
         starts = self._collectives.broadcast(
             self._particles.each(self._particles.start), tf.constant(0), Call.BEGIN
         )
@@ -55,6 +57,9 @@ class SyncGraph:
         The table, [W, 5], has their fitness, score, steps, distance from the vector
         that travelled last, and what their worker wishes. Then come
         positions, offers, the rule's new states, and the state to be averaged.
+
+        Args:
+            wish: Scalar float64.
         """
         particles = self._particles
 
@@ -77,7 +82,7 @@ class SyncGraph:
 
     @tf.function(autograph=False)
     def meet(self):
-        """Returns a table as of `_report`, with half a step more."""
+        """Returns a table as of `report`, with half a step more."""
 
         def report(replica):
             return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0, 0.0])
@@ -88,7 +93,17 @@ class SyncGraph:
     def settle(self, fitness, positions, states, own, vectors, averaged, sync):
         """Moves the local particles by what travelled.
 
-        Returns whether the rule gave each of them a finite position.
+        Args:
+            fitness: [W], not finite for particles in bad health.
+            positions: The local particles' positions, as `report` returned them.
+            states: The states of their rule, likewise.
+            own: Their state to be averaged, likewise.
+            vectors: The vector that travelled, on each device.
+            averaged: The mean of the state, on each device.
+            sync: Scalar int32, the number of this synchronisation.
+
+        Returns:
+            Whether the rule gave a finite position, for each local particle.
         """
         particles, first = self._particles, self._particles.indices.start
         mine = tf.math.is_finite(fitness)[first:]
@@ -197,6 +212,15 @@ class SyncGraph:
 
     @tf.function(autograph=False)
     def close(self, take_mean):
+        """Puts all particles on one position and state.
+
+        Args:
+            take_mean: A bool, whether on the mean of their positions, and not on what
+                the rule agreed on.
+
+        Returns:
+            Whether that position is finite, for each local particle.
+        """
         particles = self._particles
         positions = particles.each(
             particles.weights.pack if take_mean else particles.agreed_position
