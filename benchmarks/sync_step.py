@@ -67,6 +67,8 @@ SIDES = tuple(itertools.chain(*_FAMILIES.values()))
 _RIVALS = ("gloo_averager", "all_gather", "float32")
 
 _NUM_TENSORS = 60
+_SIDE_UNIT = 4  # As in most networks, layers have a whole number of vector registers.
+_MIN_PARAMS = _NUM_TENSORS * _SIDE_UNIT**2
 _WARM_UP_ROUNDS = 2
 
 # The largest ratio of a side to a rival, by millions of parameters and workers.
@@ -95,10 +97,12 @@ _PARAMS = flags.DEFINE_list(
 _SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
 
 
-@flags.validator("params", message="Expected numbers of at least 60, such as 0.1M.")
+@flags.validator(
+    "params", message=f"Expected numbers of at least {_MIN_PARAMS}, such as 0.1M."
+)
 def _are_params(texts):
     try:
-        return bool(texts) and all(_count(text) >= _NUM_TENSORS for text in texts)
+        return bool(texts) and all(_count(text) >= _MIN_PARAMS for text in texts)
     except (OverflowError, ValueError):
         return False
 
@@ -161,7 +165,7 @@ def cluster(params, num_workers, sides):
 
     Args:
         params: The number of parameters; what runs is the nearest that 60 square
-            matrices hold.
+            matrices hold whose sides are multiples of 4.
         num_workers: W, the number of workers of each side, at least 2.
         sides: Some of `SIDES`.
 
@@ -171,7 +175,7 @@ def cluster(params, num_workers, sides):
         worker number % W the lowest loss. It raises a `RuntimeError` if a worker
         fails or the workers do not agree, and a `TimeoutError` if one is late.
     """
-    size = round(math.sqrt(params / _NUM_TENSORS))
+    size = _SIDE_UNIT * round(math.sqrt(params / _MIN_PARAMS))
     shapes = [(size, size)] * _NUM_TENSORS
     with contextlib.ExitStack() as stack:
         families = {}

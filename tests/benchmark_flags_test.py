@@ -8,7 +8,7 @@ from benchmarks import scaling, sync_step  # noqa: F401  Their flags.
 
 class BenchmarkFlagsTest(parameterized.TestCase):
     @parameterized.parameters(
-        ("params", ["59"]),
+        ("params", ["959"]),
         ("params", ["many"]),
         ("sides", ["mpi"]),
         ("workers", ["1"]),

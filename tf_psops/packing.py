@@ -3,9 +3,15 @@
 import numpy as np
 import tensorflow as tf
 
+_ALIGNMENT = (
+    64  # Bytes; a part of a vector that begins and ends there shares its memory.
+)
+
 
 class Packing:
     """Packs the variables of one replica into a flat vector and back.
+
+    Those come first whose parts of the vector TensorFlow can assign without a copy.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -13,28 +19,30 @@ class Packing:
         dtype: The `tf.DType` of the vector.
 
     Attributes:
-        sizes: The number of elements of each variable, in order.
-        size: Their sum.
+        size: The number of elements of all variables.
         num_bytes: The bytes of the vector.
-        variables: The `tf.Variable`s of each local replica.
+        variables: The `tf.Variable`s of each local replica, in the vector's order.
     """
 
     def __init__(self, strategy, variables, dtype):
         self._dtype = dtype
-        self.sizes = tuple(int(tf.size(v.value)) for v in variables)
-        self.size = sum(self.sizes)
+        sizes = [int(tf.size(v.value)) for v in variables]
+        copied = [size * dtype.size % _ALIGNMENT > 0 for size in sizes]
+        self._order = np.argsort(copied, kind="stable")
+        self._sizes = np.array(sizes, int)[self._order]
+        self._num_shared = copied.count(False)
+        self.size = sum(sizes)
         self.num_bytes = self.size * dtype.size
-        self.variables = list(
-            zip(*(strategy.experimental_local_results(v.value) for v in variables))
-        )
+        in_order = [variables[number].value for number in self._order]
+        self.variables = list(zip(*map(strategy.experimental_local_results, in_order)))
 
     def tensor_ids(self):
         """Returns the number of the variable that each element belongs to, [size].
 
         It has the smallest type that holds all numbers.
         """
-        numbers = np.arange(len(self.sizes), dtype=np.min_scalar_type(len(self.sizes)))
-        return tf.constant(np.repeat(numbers, self.sizes))
+        dtype = np.min_scalar_type(len(self._order))
+        return tf.constant(np.repeat(self._order.astype(dtype), self._sizes))
 
     def pack(self, replica):
         """Returns the replica's variables as one vector, [size]."""
@@ -52,7 +60,13 @@ class Packing:
         """Assigns a vector, [size], to the replica's variables."""
         if not self.size:
             return
-        for variable, part in zip(
-            self.variables[replica], tf.split(vector, self.sizes)
-        ):
+        # Apart, because TensorFlow copies all parts if it has to copy one of them.
+        shared, copied = np.split(self._sizes, [self._num_shared])
+        middle = shared.sum()
+        parts = [*_cut(vector[:middle], shared), *_cut(vector[middle:], copied)]
+        for variable, part in zip(self.variables[replica], parts, strict=True):
             variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
+
+
+def _cut(vector, sizes):
+    return tf.split(vector, sizes) if len(sizes) else []

@@ -141,7 +141,9 @@ class SyncGraph:
                 particle=first + replica,
                 sync=sync,
             )
-            factors = self._rule.factors(news, len(particles.weights.sizes))
+            factors = self._rule.factors(
+                news, len(particles.weights.variables[replica])
+            )
             return news._replace(factors=factors)
 
         news = particles.each(learn)
