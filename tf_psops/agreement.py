@@ -1,5 +1,6 @@
 """Whether all workers were given the same."""
 
+import functools
 import hashlib
 
 import numpy as np
@@ -21,13 +22,18 @@ class Agreement:
 
     def __init__(self, strategy):
         self._strategy = strategy
+
+    @functools.cached_property
+    def _gather(self):
+        strategy = self._strategy
         group = collectives.Collectives(
             strategy.extended.worker_devices[:1],
             strategy.num_workers,
             strategy.worker_index,
             strategy.communication_options,
+            strategy.wire,
         )
-        self._gather = tf.function(
+        return tf.function(
             lambda row: group.gather([row], collectives.Call.TELL), autograph=False
         )
 

@@ -201,7 +201,8 @@ class SwarmStrategy(tf.distribute.Strategy):
     def wire(self):
         """The `wire.Wire` that vectors take to the other workers, `None` without one.
 
-        All workers must ask for it at the same time first.
+        All workers must ask for it at the same time first, in a `meeting`: when they
+        make their first variable.
         """
         automatic = tf.distribute.experimental.CommunicationImplementation.AUTO
         device = tf.DeviceSpec.from_string(self.extended.worker_devices[0])
@@ -211,17 +212,16 @@ class SwarmStrategy(tf.distribute.Strategy):
             or self.communication_options.implementation != automatic
         ):
             return None
-        with self.meeting("the connection of the workers"):
-            connected = wire.connect(
-                self.worker_index,
-                self.extended.hosts,
-                lambda row: collectives.tell(self, row),
-            )
+        connected = wire.connect(
+            self.worker_index,
+            self.extended.hosts,
+            lambda row: collectives.tell(self, row),
+        )
         if connected is None:
             logging.warning(
                 "The workers of %s cannot reach each other but at the ports of the "
                 "cluster. They synchronise by TensorFlow's collectives, which takes "
-                "two to three times as long. Open the other ports between them.",
+                "about twice as long. Open the other ports between them.",
                 self.extended.hosts,
             )
         return connected
