@@ -1,7 +1,7 @@
 """Moves vectors between the workers' CPUs over TCP connections of their own.
 
 TensorFlow's collectives copy on their way through gRPC what they move between CPUs,
-and take two to three times as long for it. Here the bytes go from where a vector lies
+and take about twice as long for it. Here the bytes go from where a vector lies
 straight into the socket, and from the socket to where it will lie.
 
 This module knows bytes and workers. It does not import TensorFlow.
