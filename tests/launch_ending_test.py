@@ -148,6 +148,8 @@ class SignalTest(launching.LaunchTestCase):
 
     @parameterized.parameters(signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     def test_handed_on(self, signum):
+        # Under `nohup` the launcher would go on, as it should.
+        self.addCleanup(signal.signal, signum, signal.signal(signum, signal.SIG_DFL))
         program = f"""
 import signal, sys
 signal.signal({int(signum)}, lambda *_: (print("saved"), sys.exit(0)))
