@@ -94,11 +94,19 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(rule.agreed(state, mean), best)
         self.assertGreater(len(set(choices)), 2)
 
-    def test_takes_the_trial_that_the_swarm_scores_best(self):
+    @parameterized.parameters(
+        dict(num_examples=32, batch_shape=[None], scored=[*range(8)]),
+        dict(num_examples=3, batch_shape=[None], scored=[0, 1, 2, 4, 5, 6]),
+        # A model of one batch size must get that.
+        dict(num_examples=3, batch_shape=[4], scored=[*range(8)]),
+    )
+    def test_takes_the_trial_that_the_swarm_scores_best(
+        self, num_examples, batch_shape, scored
+    ):
         """Through `fit`: the choice is that of the latest batch of all particles."""
         rng = np.random.default_rng(1)
         x = rng.normal(size=[48, 5]).astype(np.float32)
-        y = (x @ rng.normal(size=[5, 1])).astype(np.float32)
+        y = (x @ rng.normal(size=[5, 1]) + rng.normal(size=[48, 1])).astype(np.float32)
         dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
         start = rng.normal(size=[5, 1]).astype(np.float32)
         inertia = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -107,7 +115,10 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
             strategy = tf_psops.SwarmStrategy.in_process(2)
             with strategy.scope():
                 model = keras.Sequential(
-                    [keras.layers.Input([5]), keras.layers.Dense(1, use_bias=False)]
+                    [
+                        keras.layers.Input(batch_shape=[*batch_shape, 5]),
+                        keras.layers.Dense(1, use_bias=False),
+                    ]
                 )
                 model.compile(keras.optimizers.SGD(0.2), loss="mse")
             model.set_weights([start])
@@ -118,10 +129,16 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         # Plain SGD, and no velocity yet: the first synchronisation is an average.
         first, second = (fit(tf_psops.ParameterAverage(), steps) for steps in (3, 6))
         trials = [second + w * (first - start) for w in (0.0, *inertia)]
-        losses = [np.mean((x[40:] @ w - y[40:]) ** 2) for w in trials]
-        best = int(np.argmin(losses))
+
+        def best_on(rows):
+            errors = [x[40:][rows] @ w - y[40:][rows] for w in trials]
+            return int(np.argmin([np.mean(error**2) for error in errors]))
+
+        best = best_on(scored)
+        self.assertNotEqual(best_on([*range(8)]), best_on([0, 1, 2, 4, 5, 6]))
         self.assertNotIn(best, (0, len(inertia)))
-        moved = fit(tf_psops.CentroidSwarm(inertia), 6)
+        rule = tf_psops.CentroidSwarm(inertia, num_examples=num_examples)
+        moved = fit(rule, 6)
         self.assertAllClose(moved, trials[best], rtol=1e-5, atol=1e-6)
 
     @parameterized.parameters(

@@ -139,6 +139,10 @@ _ARGUMENTS = {
         lambda: tf_psops.CentroidSwarm(inertia=(True,)),
         ValueError, "`inertia`", "a tuple of numbers above 0", r"\(True,\)",
     ),
+    "centroid_num_examples": (
+        lambda: tf_psops.CentroidSwarm(num_examples=0),
+        ValueError, "`num_examples`", "whole number of at least 1", "num_examples=0",
+    ),
     "centroid_tolerance": (
         lambda: tf_psops.CentroidSwarm(tolerance=math.nan),
         ValueError, "`tolerance`", "at least 0", "tolerance=nan",

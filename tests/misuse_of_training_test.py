@@ -61,6 +61,10 @@ _RULES = {
         lambda: _rule(num_trials=2),
         ValueError, "`rule`", "the function `trial`", "Mine", "Define Mine.trial",
     ),
+    "num_examples": (
+        lambda: _rule(num_examples=True),
+        ValueError, "`rule.num_examples`", "whole number of at least 1", "=True",
+    ),
     "num_trials": (
         lambda: _rule(num_trials=1.5),
         ValueError, "`rule.num_trials`", "whole number", "=1.5",

@@ -13,15 +13,19 @@ class Ledger:
     Args:
         strategy: A `SwarmStrategy`.
         model: The compiled `keras.Model` that was made in its scope.
-        keep_batch: Whether to keep each replica's latest batch as well.
+        num_examples: How many examples of each replica's latest batch to keep as
+            well. A model whose inputs have a batch size of their own needs all.
 
     Attributes:
         variables: A nest of all `tf.Variable`s that `close` changes.
     """
 
-    def __init__(self, strategy, model, keep_batch):
+    def __init__(self, strategy, model, num_examples):
         self._strategy = strategy
-        self._batches = {} if keep_batch else None
+        self._batches = {} if num_examples else None
+        inputs = tf.nest.flatten(getattr(model, "inputs", None) or [])
+        fixed = any(value.shape[:1] != (None,) for value in inputs)
+        self._kept = slice(None if fixed else num_examples)
         self._tracker = model.metrics[0]
         with strategy.scope():
             # One variable for steps, loss and weight: each costs time at every step.
@@ -55,14 +59,14 @@ class Ledger:
                 self._batches[replica] = tf.nest.map_structure(_variable_like, data)
         tf.nest.map_structure(
             lambda variable, value: (
-                variable if value is None else variable.assign(value)
+                variable if value is None else variable.assign(value[self._kept])
             ),
             self._batches[replica],
             data,
         )
 
     def batch(self, replica):
-        """Returns a local replica's latest batch, as its train step got it."""
+        """Returns what is kept of a local replica's latest batch."""
         return tf.nest.map_structure(
             lambda variable: None if variable is None else variable.read_value(),
             self._batches[replica],

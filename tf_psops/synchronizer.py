@@ -52,7 +52,9 @@ class Synchronizer:
             strategy.communication_options,
             strategy.wire,
         )
-        self._ledger = ledger.Ledger(strategy, model, keep_batch=rule.num_trials > 0)
+        self._ledger = ledger.Ledger(
+            strategy, model, rule.num_examples if rule.num_trials else 0
+        )
         self._particles = Particles(
             strategy,
             model,

@@ -9,8 +9,9 @@ every particle makes the same trial particles, one for each inertia w_k:
     x_k = x + v_k
 
 The first has no inertia: it is the centroid itself. Every particle scores every trial
-on its own latest mini-batch; the mean score over the swarm is the trial's fitness. The
-trial of the best fitness is the global best, the swarm's answer.
+on its own latest mini-batch, of a large one on a part; the mean score over the swarm is
+the trial's fitness. The trial of the best fitness is the global best, the swarm's
+answer.
 
 The swarm itself goes on from the trial of the largest inertia whose fitness is not
 clearly worse than the centroid's: x <- x_k, v <- v_k. A velocity pays over several
@@ -50,10 +51,13 @@ class CentroidSwarm(Rule):
 
     Args:
         inertia: The inertia of each trial particle besides the centroid, numbers above
-            0 and below 1. Each costs a forward pass of one batch. Defaults to
-            (0.3, 0.5).
+            0 and below 1. Each costs a forward pass of `num_examples` examples.
+            Defaults to (0.3, 0.5).
         tolerance: By what share of the centroid's loss the loss of an acceptable
             trial may be larger, at least 0. Defaults to 0.01.
+        num_examples: On how many examples of its latest mini-batch each particle
+            scores the trials, at most: the first ones. Models whose inputs have a
+            batch size of their own get all. Defaults to 32.
 
     Raises:
         ValueError: If an argument is out of its range or of a wrong type.
@@ -68,16 +72,19 @@ class CentroidSwarm(Rule):
 
     exchange = "mean"
 
-    def __init__(self, inertia=(0.3, 0.5), tolerance=0.01):
+    def __init__(self, inertia=(0.3, 0.5), tolerance=0.01, num_examples=32):
         good = isinstance(inertia, (tuple, list)) and all(
             _checks.is_real(w) and 0 < w < 1 for w in inertia
         )
         _checks.check(good, "a tuple of numbers above 0 and below 1", inertia=inertia)
         good = _checks.is_real(tolerance) and 0 <= tolerance < float("inf")
         _checks.check(good, "a finite number of at least 0", tolerance=tolerance)
+        good = _checks.is_whole(num_examples) and num_examples >= 1
+        _checks.check(good, "a whole number of at least 1", num_examples=num_examples)
         self.inertia = (0.0, *sorted(map(float, inertia)))
         self.tolerance = float(tolerance)
         self.num_trials = len(inertia)
+        self.num_examples = int(num_examples)
 
     def init(self, position):
         """Returns the state of a swarm at rest."""

@@ -86,6 +86,9 @@ class Rule:
     num_trials = 0
     """How many trial positions there are at each synchronisation, K."""
 
+    num_examples = 32
+    """On how many examples of its latest batch a particle scores them, at most."""
+
     def init(self, position) -> Any:
         """Returns a particle's state before the first synchronisation.
 
@@ -123,7 +126,7 @@ class Rule:
         """Returns a trial position, [P], to be scored by the whole swarm.
 
         It must be the same on every particle. Trials cost no traffic but their
-        scores, and a forward pass of one batch each.
+        scores, and a forward pass of `num_examples` examples each.
 
         Args:
             number: Scalar int32, from 0 to `num_trials` - 1.
@@ -184,10 +187,13 @@ def check_rule(rule):
     )
     good = isinstance(rule.exchange, str) and rule.exchange in ("best", "mean")
     _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
-    good = _checks.is_whole(rule.num_trials) and rule.num_trials >= 0
-    _checks.check(
-        good, "a whole number of at least 0", **{"rule.num_trials": rule.num_trials}
-    )
+    for name, least in {"num_trials": 0, "num_examples": 1}.items():
+        value = getattr(rule, name)
+        _checks.check(
+            _checks.is_whole(value) and value >= least,
+            f"a whole number of at least {least}",
+            **{f"rule.{name}": value},
+        )
     for name in ("move", "trial") if rule.num_trials else ("move",):
         if getattr(type(rule), name) is getattr(Rule, name):
             raise ValueError(
