@@ -52,6 +52,11 @@ def _vector(worker, size, dtype="float32"):
     return (np.arange(size) % 97 + 100 * worker).astype(dtype)
 
 
+def _scatter(wire, vector):
+    rows = len(wire._sockets), wire.share_length(len(vector))
+    return wire.scatter(vector, np.empty(rows, vector.dtype))
+
+
 class WireTest(parameterized.TestCase):
     @parameterized.product(
         workers=(2, 3, 5), size=(1, 64, 1000, 1_500_001), dtype=("float32", "float16")
@@ -62,10 +67,13 @@ class WireTest(parameterized.TestCase):
 
         def work(index):
             wire = wires[index]
-            shares = wire.scatter(vectors[index])
+            shares = _scatter(wire, vectors[index])
             self.assertLen(shares, workers)
-            gathered = wire.gather(sum(shares), size)
-            got = [wire.broadcast(vectors[index], root) for root in range(workers)]
+            gathered = wire.gather(sum(shares), np.empty(size, dtype))
+            got = [
+                wire.broadcast(vectors[index], root, np.empty(size, dtype))
+                for root in range(workers)
+            ]
             return gathered, got, wire.tell(vectors[index][:3])
 
         told = np.concatenate([vector[:3] for vector in vectors])
@@ -99,9 +107,10 @@ class WireTest(parameterized.TestCase):
 
         def work(index):
             vector = _vector(index, size)
-            wires[index].gather(sum(wires[index].scatter(vector)), size)
+            mean = sum(_scatter(wires[index], vector))
+            wires[index].gather(mean, np.empty_like(vector))
             mean, sent[index] = sent[index], 0
-            wires[index].broadcast(vector, 1)
+            wires[index].broadcast(vector, 1, np.empty_like(vector))
             return mean / vector.nbytes, sent[index] / vector.nbytes
 
         means, broadcasts = zip(*_run(workers, work))
@@ -118,10 +127,10 @@ class WireTest(parameterized.TestCase):
                     link.close()
                 return None
             with self.assertRaisesRegex(ConnectionError, "closed|reset|cut"):
-                wires[index].scatter(_vector(index, 1_000_000))
+                _scatter(wires[index], _vector(index, 1_000_000))
             self.assertTrue(wires[index].is_cut)
             with self.assertRaisesRegex(ConnectionError, "cut"):
-                wires[index].broadcast(_vector(index, 10), 0)
+                wires[index].broadcast(_vector(index, 10), 0, _vector(index, 10))
 
         _run(3, work)
 
@@ -130,10 +139,10 @@ class WireTest(parameterized.TestCase):
         threading.Timer(0.3, wires[0].cut).start()
         start = time.monotonic()
         with self.assertRaises(ConnectionError):
-            wires[0].broadcast(_vector(0, 10), 1)
+            wires[0].broadcast(_vector(0, 10), 1, _vector(0, 10))
         self.assertLess(time.monotonic() - start, 5)
         with self.assertRaises(ConnectionError):  # The other one, too.
-            wires[1].broadcast(_vector(1, 10), 0)
+            wires[1].broadcast(_vector(1, 10), 0, _vector(1, 10))
 
     def test_strangers_are_left_out(self):
         calls = []
@@ -147,7 +156,7 @@ class WireTest(parameterized.TestCase):
 
         wires = _wires(3, call_first)
         for index, got in enumerate(
-            _run(3, lambda i: wires[i].gather(_vector(i, 64), 192))
+            _run(3, lambda i: wires[i].gather(_vector(i, 64), _vector(i, 192)))
         ):
             expected = np.concatenate([_vector(worker, 64) for worker in range(3)])
             np.testing.assert_array_equal(got, expected, str(index))
