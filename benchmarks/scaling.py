@@ -7,11 +7,13 @@ python -m benchmarks.scaling --workers=2 --sync_intervals=10,50 --networks=100mb
 Real processes on this machine train a LeNet on images of MNIST's shape with Keras'
 `fit`. The sides take turns in the same processes, run by run:
 
-  * psops: `PSOSync(n)` with its default rule, for each interval n.
+  * psops: `PSOSync(n)` with its default rule, for each interval n and each delay.
+  * barrier: the workers only wait for each other every n steps. No synchronisation
+    without a delay can be faster.
   * ssgd: synchronous SGD, by the same strategy with `share_gradients=True`.
   * local: the same strategy without any synchronisation.
 
-Runs of a side that communicates at every step are a quarter as long. A run begins on
+Runs of a side that meets at every step are a quarter as long. A run begins on
 all workers at once, after a few steps to warm up, and holds whole intervals; the
 slowest worker's time counts. The ratios are medians of those in each round.
 
@@ -31,20 +33,28 @@ import re
 import socket
 import statistics
 import time
+from typing import NamedTuple
 
 from absl import app, flags, logging
 
 from benchmarks import cluster_flags, common_flags, processes, slow_network
 
 _RIVALS = ("local", "ssgd")
-# The least ratio of psops to a rival, by interval, workers and network.
-_GOALS = {(50, 2, "loopback", "local"): 0.97, (50, 2, "100mbit", "ssgd"): 5}
+# The least ratio of a side to a rival, by interval, workers and network.
+_GOALS = {
+    ("psops", 50, 2, "loopback", "local"): 0.97,
+    ("psops", 50, 2, "100mbit", "ssgd"): 5,
+}
 _PROBE_SECONDS = 0.5
+_WARM_UP_STEPS = 10
 
 _SYNC_INTERVALS = flags.DEFINE_list(
     "sync_intervals",
     ["1", "10", "50"],
     "Synchronisation intervals of psops.",
+)
+_DELAYS = flags.DEFINE_list(
+    "delays", ["0"], "Delays of psops, in steps; those below the interval count."
 )
 _NETWORKS = flags.DEFINE_list(
     "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
@@ -53,6 +63,13 @@ _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["32"], "Examples per worker and
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
 
 cluster_flags.expect_numbers(_SYNC_INTERVALS, 1)
+cluster_flags.expect_numbers(_DELAYS, 0)
+flags.register_validator(
+    "delays",
+    # What is under way when a run ends must not be more than when it began.
+    lambda texts: max(map(int, texts)) <= _WARM_UP_STEPS,
+    message=f"Expected delays of at most {_WARM_UP_STEPS} steps.",
+)
 cluster_flags.expect_numbers(_BATCH_SIZES, 1)
 flags.register_validator(
     "networks",
@@ -61,6 +78,20 @@ flags.register_validator(
     ),
     message="Expected loopback or rates such as 100mbit and 1gbit.",
 )
+
+
+class Side(NamedTuple):
+    """One way to train.
+
+    Attributes:
+        name: "psops", "barrier", "ssgd" or "local".
+        sync_every: The interval of psops and barrier.
+        delay: The delay of psops.
+    """
+
+    name: str
+    sync_every: int | None = None
+    delay: int | None = None
 
 
 def _mbit(network):
@@ -93,7 +124,7 @@ def cluster(num_workers, network, batch_size, sides):
         num_workers: W, at least 2.
         network: "loopback", or a rate such as "100mbit".
         batch_size: Examples per worker and step.
-        sides: Pairs of "psops" and its interval, or of "ssgd" or "local" and `None`.
+        sides: A list of `Side`s.
 
     Yields:
         The megabits a second that went from one worker to another when nothing else
@@ -170,7 +201,9 @@ class _Worker:
         # TensorFlow must not load before the process is where it stays.
         from benchmarks import training_sides
 
-        self._sides = training_sides.make(self._rank, addresses, sides, batch_size)
+        self._sides = training_sides.make(
+            self._rank, addresses, sides, batch_size, self._barrier.wait
+        )
 
     def train(self, side, steps):
         """Returns the seconds that it took, and the bytes that were sent."""
@@ -182,7 +215,7 @@ class _Worker:
             sent = slow_network.bytes_sent() if self._mbit else None
             marks.append((time.perf_counter(), sent))
 
-        self._sides[side](steps, mark)
+        self._sides[side](_WARM_UP_STEPS, steps, mark)
         (start, before), (end, after) = marks
         return end - start, after - before if self._mbit else None
 
@@ -194,28 +227,35 @@ def measure(
     batch_size=32,
     steps=100,
     repeats=9,
+    delays=(0,),
 ):
     """Measures the samples per second of each side.
 
     Args:
         num_workers: The number of workers, at least 2.
         network: "loopback", or a rate such as "100mbit". Defaults to "loopback".
-        sync_every: The intervals of psops. Defaults to 1, 10 and 50.
+        sync_every: The intervals of psops and barrier. Defaults to 1, 10 and 50.
         batch_size: Examples per worker and step. Defaults to 32.
         steps: Steps in each timed run, or somewhat more, for whole intervals.
             Defaults to 100.
         repeats: Timed runs of each side, alternating. Defaults to 9.
+        delays: The delays of psops, at most 10 steps, of which those below the
+            interval count. Defaults to 0 only.
 
     Returns:
         A list of dicts, one for each side: "side", "workers", "batch_size",
-        "sync_every" (`None` but for psops), "network", "measured_mbit",
+        "sync_every" and "delay" as in `Side`, "network", "measured_mbit",
         "samples_per_second" (the median of those of the whole swarm),
         "min_samples_per_second", "max_samples_per_second", "to_local" and "to_ssgd"
         (median ratios), and "bytes_per_step", sent by each worker (`None` on
         loopback).
     """
     # Neighbours have a goal together: other work on the machine is to hit both.
-    sides = [("ssgd", None), *(("psops", n) for n in sync_every), ("local", None)]
+    sides = [Side("ssgd")]
+    for n in sync_every:
+        sides += [Side("psops", n, delay) for delay in delays if delay < n]
+        sides.append(Side("barrier", n))
+    sides.append(Side("local"))
     rates, sizes = {side: [] for side in sides}, {side: [] for side in sides}
     with cluster(num_workers, network, batch_size, sides) as (measured_mbit, train):
         for repeat in range(repeats + 1):
@@ -229,10 +269,11 @@ def measure(
                         sizes[side].append(sum(sent) / num_workers / length)
     return [
         {
-            "side": side[0],
+            "side": side.name,
             "workers": num_workers,
             "batch_size": batch_size,
-            "sync_every": side[1],
+            "sync_every": side.sync_every,
+            "delay": side.delay,
             "network": network,
             "measured_mbit": measured_mbit,
             "samples_per_second": statistics.median(rates[side]),
@@ -240,7 +281,7 @@ def measure(
             "max_samples_per_second": max(rates[side]),
             **{
                 f"to_{rival}": statistics.median(
-                    a / b for a, b in zip(rates[side], rates[rival, None])
+                    a / b for a, b in zip(rates[side], rates[Side(rival)])
                 )
                 for rival in _RIVALS
             },
@@ -251,10 +292,9 @@ def measure(
 
 
 def _num_steps(side, steps):
-    name, sync_every = side
-    if name == "ssgd" or sync_every == 1:
+    if side.name == "ssgd" or side.sync_every == 1:
         return -(-steps // 4)
-    interval = sync_every or 1
+    interval = side.sync_every or 1
     return -(-steps // interval) * interval
 
 
@@ -265,18 +305,20 @@ def table(records):
         f"{workers} workers, {records[0]['batch_size']} samples each a step, "
         f"{network} ({records[0]['measured_mbit']:.1f} Mbit/s "
         "measured): samples per second of all workers",
-        f"{'side':6} {'every':>5} {'median':>8} {'lowest':>8} {'highest':>8}"
+        f"{'side':7} {'every':>5} {'delay':>5}"
+        f" {'median':>8} {'lowest':>8} {'highest':>8}"
         f" {'KB a step':>10}" + "".join(f"{'/ ' + rival:>19}" for rival in _RIVALS),
     ]
     for record in records:
         sync_every, size = record["sync_every"], record["bytes_per_step"]
-        line = f"{record['side']:6} {sync_every or '':5}" + "".join(
+        delay = "" if record["delay"] is None else record["delay"]
+        line = f"{record['side']:7} {sync_every or '':5} {delay:5}" + "".join(
             f" {record[prefix + 'samples_per_second']:8.0f}"
             for prefix in ("", "min_", "max_")
         )
         line += f" {'' if size is None else f'{size / 1000:.1f}':>10}"
         for rival in _RIVALS:
-            goal = _GOALS.get((sync_every, workers, network, rival))
+            goal = _GOALS.get((record["side"], sync_every, workers, network, rival))
             ratio = f"{record[f'to_{rival}']:.3f}"
             line += f"{ratio + (f' (goal {goal})' if goal else ''):>19}"
         lines.append(line)
@@ -291,7 +333,8 @@ def main(argv):
         available(_NETWORKS.value), cluster_flags.WORKERS.value, _BATCH_SIZES.value
     )
     intervals = [int(interval) for interval in _SYNC_INTERVALS.value]
-    rest = _STEPS.value, common_flags.REPEATS.value
+    delays = [int(delay) for delay in _DELAYS.value]
+    rest = _STEPS.value, common_flags.REPEATS.value, delays
     cluster_flags.show(
         table,
         (

@@ -11,22 +11,22 @@ from benchmarks import processes
 from trainers import models
 
 _IMAGE_SHAPE = (28, 28, 1)
-_WARM_UP_STEPS = 5
 
 
-def make(rank, addresses, sides, batch_size):
+def make(rank, addresses, sides, batch_size, wait):
     """Makes this worker's part of some sides.
 
     Args:
         rank: Its place among the workers, from 0.
         addresses: "host:port" of each worker.
-        sides: Pairs of "psops" and its interval, or of "ssgd" or "local" and `None`.
+        sides: Some `Side`s of `benchmarks.scaling`.
         batch_size: The samples that each worker takes at a step.
+        wait: A function that waits for all workers to call theirs.
 
     Returns:
-        A dict of each pair to a function that trains. It takes a number of steps, and
-        a function without arguments that is called before the first of these and after
-        the last. The few steps before, to warm up, come on top.
+        A dict of each side to a function that trains. It takes a number of steps to
+        warm up, a number of further steps, and a function without arguments that is
+        called before the first of these and after the last.
     """
     # Every `fit` traces anew what it asks the workers, which TensorFlow warns of.
     tf.get_logger().setLevel("ERROR")
@@ -39,20 +39,40 @@ def make(rank, addresses, sides, batch_size):
         )
         for share_gradients in (False, True)
     }
+    callbacks = {
+        "ssgd": lambda side: [],
+        "local": lambda side: [],
+        "barrier": lambda side: [_Barrier(side.sync_every, wait)],
+        "psops": lambda side: [tf_psops.PSOSync(side.sync_every, delay=side.delay)],
+    }
     return {
-        (name, sync_every): _make_side(
-            strategies[name == "ssgd"], sync_every, len(addresses) * batch_size
+        side: _make_side(
+            strategies[side.name == "ssgd"],
+            callbacks[side.name](side),
+            len(addresses) * batch_size,
         )
-        for name, sync_every in sides
+        for side in sides
     }
 
 
-class _Watch(keras.callbacks.Callback):
-    """Calls a function after the steps to warm up, and after the last step."""
+class _Barrier(keras.callbacks.Callback):
+    """Has the workers wait for each other where they would synchronise."""
 
-    def __init__(self, steps, look):
+    def __init__(self, sync_every, wait):
         super().__init__()
-        self._ends = (_WARM_UP_STEPS, steps + _WARM_UP_STEPS)
+        self._sync_every, self._wait = sync_every, wait
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (batch + 1) % self._sync_every == 0:
+            self._wait()
+
+
+class _Watch(keras.callbacks.Callback):
+    """Calls a function after each of some steps, counted from 1."""
+
+    def __init__(self, ends, look):
+        super().__init__()
+        self._ends = ends
         self._look = look
 
     def on_train_batch_end(self, batch, logs=None):
@@ -60,7 +80,7 @@ class _Watch(keras.callbacks.Callback):
             self._look()
 
 
-def _make_side(strategy, sync_every, rows):
+def _make_side(strategy, callbacks, rows):
     with strategy.scope():
         model = models.build("lenet", _IMAGE_SHAPE, 10, seed=0)
         model.compile(
@@ -74,13 +94,12 @@ def _make_side(strategy, sync_every, rows):
     options = tf.data.Options()
     options.autotune.enabled = False
     dataset = tf.data.Dataset.from_tensors(batch).repeat().with_options(options)
-    callbacks = [tf_psops.PSOSync(sync_every)] if sync_every else []
 
-    def train(steps, look):
-        watch = _Watch(steps, look)
+    def train(warm_up, steps, look):
+        watch = _Watch((warm_up, warm_up + steps), look)
         model.fit(
             dataset,
-            steps_per_epoch=steps + _WARM_UP_STEPS,
+            steps_per_epoch=warm_up + steps,
             callbacks=[*callbacks, watch],
             shuffle=False,
             verbose=0,

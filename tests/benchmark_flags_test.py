@@ -13,6 +13,8 @@ class BenchmarkFlagsTest(parameterized.TestCase):
         ("sides", ["mpi"]),
         ("workers", ["1"]),
         ("sync_intervals", ["0"]),
+        ("delays", ["-1"]),
+        ("delays", ["11"]),
         ("batch_sizes", ["0"]),
         ("networks", ["fast"]),
         ("networks", ["0mbit"]),

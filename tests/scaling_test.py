@@ -16,6 +16,7 @@ _KEYS = {
     "workers",
     "batch_size",
     "sync_every",
+    "delay",
     "network",
     "measured_mbit",
     "samples_per_second",
@@ -33,6 +34,7 @@ def _record(side, sync_every, network, to_local, to_ssgd):
         "side": side,
         "workers": 2,
         "sync_every": sync_every,
+        "delay": None if sync_every is None else 0,
         "network": network,
         "to_local": to_local,
         "to_ssgd": to_ssgd,
@@ -48,6 +50,7 @@ class ScalingTest(absltest.TestCase):
         with flagsaver.flagsaver(
             workers=["2"],
             sync_intervals=["2"],
+            delays=["0", "1", "2"],
             networks=networks,
             steps=3,
             repeats=1,
@@ -55,9 +58,15 @@ class ScalingTest(absltest.TestCase):
         ):
             scaling.main([""])
         records = json.loads(pathlib.Path(path).read_text())
-        sides = [("ssgd", None), ("psops", 2), ("local", None)]
+        sides = [
+            ("ssgd", None, None),
+            ("psops", 2, 0),
+            ("psops", 2, 1),
+            ("barrier", 2, None),
+            ("local", None, None),
+        ]
         self.assertEqual(
-            [(r["network"], r["side"], r["sync_every"]) for r in records],
+            [(r["network"], r["side"], r["sync_every"], r["delay"]) for r in records],
             [(network, *side) for network in networks for side in sides],
         )
         for record in records:
@@ -67,16 +76,18 @@ class ScalingTest(absltest.TestCase):
             rival = {"ssgd": "to_ssgd", "local": "to_local"}.get(record["side"])
             if rival:
                 self.assertEqual(record[rival], 1)
-        for record in records[:3]:
+        for record in records[: len(sides)]:
             self.assertIsNone(record["bytes_per_step"])
         if networks == ["loopback"]:
             self.skipTest(f"No slow network here: {slow_network.obstacle()}")
-        self.assertBetween(records[3]["measured_mbit"], 50, 100)
-        ssgd, psops, local = (record["bytes_per_step"] for record in records[3:])
+        on_slow = records[len(sides) :]
+        self.assertBetween(on_slow[0]["measured_mbit"], 50, 100)
+        ssgd, psops, delayed, *others = (record["bytes_per_step"] for record in on_slow)
         # A gradient is as large as the weights, 421 kB.
         self.assertBetween(ssgd, 400_000, 500_000)
         self.assertBetween(psops, 0.4 * ssgd, 0.6 * ssgd)
-        self.assertLess(local, 0.05 * ssgd)
+        self.assertBetween(delayed, 0.4 * ssgd, 0.6 * ssgd)
+        self.assertLess(max(others), 0.05 * ssgd)
 
     def test_network_ends_with_a_failure(self):
         why_not = slow_network.obstacle()
@@ -104,7 +115,7 @@ class ScalingTest(absltest.TestCase):
 
     def test_table_shows_ratios_and_goals(self):
         text = scaling.table([_record("psops", 50, "loopback", 0.98, 1.5)])
-        self.assertRegex(text, r"psops +50 .* 0\.980 \(goal 0\.97\) +1\.500$")
+        self.assertRegex(text, r"psops +50 +0 .* 0\.980 \(goal 0\.97\) +1\.500$")
         text = scaling.table([_record("psops", 50, "100mbit", 0.9, 6.0)])
         self.assertRegex(text, r"psops +50 .* 0\.900 +6\.000 \(goal 5\)$")
         text = scaling.table([_record("ssgd", None, "100mbit", 0.1, 1.0)])
