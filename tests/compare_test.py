@@ -211,6 +211,13 @@ class ReportTest(tf.test.TestCase):
         self.assertIn("| pso | +2.00 ± 1.00 | +2.00 ± 1.00 |", table)
         self.assertIn("over 2 seeds", table)
 
+    def test_one_seed_has_no_standard_error(self):
+        records = [_record("average", 10, 0, 0.90), _record("pso", 10, 0, 0.93)]
+        table = report.markdown(records)
+        self.assertIn("| average | 90.00 |", table)
+        self.assertIn("| pso | **93.00** |", table)
+        self.assertIn("| pso | +3.00 | +3.00 |", table)
+
 
 class ShareGradientsTest(tf.test.TestCase):
     def test_is_synchronous_sgd(self):

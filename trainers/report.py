@@ -63,7 +63,7 @@ def markdown(records):
             text = ""
             if values:
                 mean = statistics.mean(values)
-                text = f"{mean:.2f} ± {_standard_error(values):.2f}"
+                text = f"{mean:.2f}{_with(_standard_error(values))}"
                 text = f"**{text}**" if mean == best else text
             texts[method].append(text)
     lines += [_row(method, texts[method]) for method in methods]
@@ -151,10 +151,10 @@ def _differences(cells, methods, columns, peer):
                 continue
             means.append(statistics.mean(pairs))
             errors.append(_standard_error(pairs))
-            texts.append(f"{means[-1]:+.2f} ± {errors[-1]:.2f}")
+            texts.append(f"{means[-1]:+.2f}{_with(errors[-1])}")
         if means:
             error = math.hypot(*errors) / len(errors)
-            texts.append(f"{statistics.mean(means):+.2f} ± {error:.2f}")
+            texts.append(f"{statistics.mean(means):+.2f}{_with(error)}")
         lines.append(_row(method, texts))
     return lines
 
@@ -315,7 +315,12 @@ def _place(method, column):
     return comparison.interval_of(method, interval), partition
 
 
+def _with(error):
+    return "" if math.isnan(error) else f" ± {error:.2f}"
+
+
 def _standard_error(values):
+    """Returns the standard error of the mean of some values, NaN of a single one."""
     if len(values) < 2:
         return math.nan
     return statistics.stdev(values) / math.sqrt(len(values))
