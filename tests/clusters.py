@@ -28,10 +28,6 @@ from multiprocessing import connection
 
 _TAIL_CHARACTERS = 4000
 
-# Workers are forks of a process that has imported TensorFlow and done nothing else.
-_FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["tf_psops"])
-
 
 def run(function, num_workers, *args, timeout=90, only=None):
     """Calls `function(*args)` on every worker and returns what each returned.
@@ -120,8 +116,9 @@ class _Worker:
         self._log = folder / f"worker{index}.log"
         task = {"type": "worker", "index": index}
         tf_config = json.dumps({"cluster": {"worker": addresses}, "task": task})
-        self.pipe, far_end = _FORKS.Pipe(duplex=False)
-        self.process = _FORKS.Process(
+        spawn = multiprocessing.get_context("spawn")
+        self.pipe, far_end = spawn.Pipe(duplex=False)
+        self.process = spawn.Process(
             target=_work,
             # Pickled once more: TF_CONFIG is set before the function is imported.
             args=(far_end, tf_config, str(self._log), pickle.dumps(call)),
