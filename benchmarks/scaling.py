@@ -51,7 +51,7 @@ _WARM_UP_STEPS = 10
 _SYNC_INTERVALS = flags.DEFINE_list(
     "sync_intervals",
     ["1", "10", "50"],
-    "Synchronisation intervals of psops.",
+    "Synchronisation intervals of psops and barrier.",
 )
 _DELAYS = flags.DEFINE_list(
     "delays", ["0"], "Delays of psops, in steps; those below the interval count."

@@ -56,7 +56,7 @@ class Collectives:
         self._num_workers = num_workers
         self._worker_index = worker_index
         self._wire = wire
-        # TensorFlow's own casts from and to two bytes take four times as long.
+        # TensorFlow's own casts from and to two bytes take two to three times as long.
         self._sum_of_shares = compiling.compiled(_scaled_sum)
         self._group = {
             "group_size": num_workers,

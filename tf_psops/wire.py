@@ -28,7 +28,7 @@ class Wire:
     All workers must call the same functions in the same order, with vectors of the
     same size and type. A vector has a share for each worker, of almost equal sizes.
     What comes in goes to memory that the caller gives, who may have some to use again:
-    new memory costs a third of the time of what it takes to receive.
+    the system clears new memory first.
 
     Args:
         index: The place of this worker, from 0.
