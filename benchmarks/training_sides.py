@@ -39,20 +39,20 @@ def make(rank, addresses, sides, batch_size, wait):
         )
         for share_gradients in (False, True)
     }
-    callbacks = {
-        "ssgd": lambda side: [],
-        "local": lambda side: [],
-        "barrier": lambda side: [_Barrier(side.sync_every, wait)],
-        "psops": lambda side: [tf_psops.PSOSync(side.sync_every, delay=side.delay)],
-    }
     return {
         side: _make_side(
             strategies[side.name == "ssgd"],
-            callbacks[side.name](side),
+            _callbacks(side, wait),
             len(addresses) * batch_size,
         )
         for side in sides
     }
+
+
+def _callbacks(side, wait):
+    if side.name == "psops":
+        return [tf_psops.PSOSync(side.sync_every, delay=side.delay)]
+    return [_Barrier(side.sync_every, wait)] if side.name == "barrier" else []
 
 
 class _Barrier(keras.callbacks.Callback):
