@@ -248,19 +248,21 @@ class LongTrainingTest(tf.test.TestCase, parameterized.TestCase):
             self.assertLess(growth, 1.01)
 
 
-def _train_slowly(folder, every, steps):
+def _train_slowly(folder, every, delay, steps):
     strategy = tf_psops.SwarmStrategy()
     model = _model(strategy)
     note = _SlowSteps(pathlib.Path(folder, str(strategy.worker_index)))
-    sync = tf_psops.PSOSync(every)
+    sync = tf_psops.PSOSync(every, delay=delay)
     data = _data(4).batch(4).repeat(steps)
     model.fit(data, callbacks=[note, sync], verbose=0)
     return sync.num_syncs
 
 
-class StoppedWorkerTest(tf.test.TestCase):
-    def test_worker_trains_on_until_its_next_synchronisation(self):
+class StoppedWorkerTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(0, 30)
+    def test_worker_trains_on_until_its_next_synchronisation(self, delay):
         every = 60
+        last = 2 * every + delay  # The step at whose end it has to wait.
         folder = pathlib.Path(self.get_temp_dir())
 
         def step(worker):
@@ -274,15 +276,17 @@ class StoppedWorkerTest(tf.test.TestCase):
                 time.sleep(0.01)
             return step(worker)
 
-        with clusters.start(_train_slowly, 2, str(folder), every, 3 * every) as cluster:
-            self.assertGreater(wait_for_step(1, every + 1, 60), every)
+        arguments = str(folder), every, delay, 3 * every
+        with clusters.start(_train_slowly, 2, *arguments) as cluster:
+            first = every + delay  # Here both meet for the first synchronisation.
+            self.assertGreater(wait_for_step(1, first + 1, 60), first)
             os.kill(cluster.pids[1], signal.SIGSTOP)
             stopped = step(1)
             self.assertLess(stopped, 2 * every)
             self.assertLess(step(0), 2 * every)
-            self.assertEqual(wait_for_step(0, 2 * every, 10), 2 * every)
+            self.assertEqual(wait_for_step(0, last, 10), last)
             time.sleep(0.5)
-            self.assertEqual(step(0), 2 * every)  # It waits in the synchronisation.
+            self.assertEqual(step(0), last)
             self.assertEqual(step(1), stopped)
             os.kill(cluster.pids[1], signal.SIGCONT)
             self.assertEqual(cluster.results(60), [3, 3])

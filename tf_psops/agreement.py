@@ -4,7 +4,6 @@ import functools
 import hashlib
 
 import numpy as np
-import tensorflow as tf
 
 from tf_psops import collectives
 
@@ -24,17 +23,14 @@ class Agreement:
         self._strategy = strategy
 
     @functools.cached_property
-    def _gather(self):
+    def _collectives(self):
         strategy = self._strategy
-        group = collectives.Collectives(
+        return collectives.Collectives(
             strategy.extended.worker_devices[:1],
             strategy.num_workers,
             strategy.worker_index,
             strategy.communication_options,
             strategy.wire,
-        )
-        return tf.function(
-            lambda row: group.gather([row], collectives.Call.TELL), autograph=False
         )
 
     def check(self, occasion, settings, name=""):
@@ -68,8 +64,8 @@ class Agreement:
 
     def _others(self, value):
         """Returns the workers that have another value than the first one."""
-        row = tf.constant([_digest(value)], tf.float64)
-        (column,) = self._gather(row).numpy().T
+        row = np.array([_digest(value)], float)
+        (column,) = self._collectives.tell([row], collectives.Call.TELL).T
         return np.flatnonzero(column != column[0]).tolist()
 
 

@@ -1,7 +1,7 @@
 """What travels between the workers: a table of scalars and one flat vector.
 
-The functions are for the inside of one `tf.function`, outside the replicas: they
-take and give one tensor for each local device. Local replicas are joined on their
+All functions but `tell` are for the inside of one `tf.function`, outside the replicas:
+they take and give one tensor for each local device. Local replicas are joined on their
 worker first, so that one vector travels for each worker, however many replicas it
 has. All workers must call the same functions in the same order.
 
@@ -12,6 +12,7 @@ TensorFlow's collectives (NCCL, ring).
 import enum
 import itertools
 
+import numpy as np
 import tensorflow as tf
 
 from tf_psops import compiling
@@ -98,6 +99,17 @@ class Collectives:
                 **self._group,
             )
             return tf.gather(gathered[:, 1:], tf.argsort(gathered[:, 0]))
+
+    def tell(self, rows, call):
+        """Returns what `gather` does, a NumPy array, outside of a `tf.function`."""
+        if self._wire:
+            told = self._wire.tell(np.concatenate(rows))
+            return told.reshape(self.num_particles, -1)
+        return self._tell(rows, call).numpy()
+
+    @tf.function(autograph=False)
+    def _tell(self, rows, call):
+        return self.gather(rows, call)
 
     def mean(self, vectors, healthy, call):
         """Returns the mean of the healthy replicas' vectors, [P], on each device.
@@ -272,8 +284,7 @@ def tell(strategy, row, timeout=0):
         strategy.worker_index,
         options,
     )
-    row = tf.constant(row, tf.float64)
-    return tf.function(lambda: group.gather([row], Call.TELL))().numpy()
+    return group.tell([np.array(row, float)], Call.TELL)
 
 
 def _scaled_sum(vectors, scale):

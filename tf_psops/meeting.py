@@ -58,8 +58,14 @@ def meeting(strategy, name):
     timer.start()
     try:
         yield
-    except tf.errors.OpError as error:
-        if not isinstance(error, _ERRORS) and not strategy.is_cut_off:
+    except Exception as error:
+        lost = isinstance(error, _ERRORS) or (
+            strategy.is_cut_off and isinstance(error, (tf.errors.OpError, OSError))
+        )
+        if not lost:
+            own = not isinstance(error, tf.errors.OpError)
+            if own and not hasattr(error, "is_known_to_all"):
+                known_to_all(error)
             raise
         if over.is_set():
             raise TimeoutError(
@@ -76,10 +82,6 @@ def meeting(strategy, name):
             f"worker failed or is gone ({(told or str(error)).splitlines()[0]}). Look "
             f"at the output of that worker. {_REMEDY}"
         ) from error
-    except Exception as error:
-        if not hasattr(error, "is_known_to_all"):
-            known_to_all(error)
-        raise
     finally:
         timer.cancel()
 

@@ -75,8 +75,9 @@ class PSOSync(keras.callbacks.Callback):
         delay: How many local steps to take while the weights travel, from 0 to below
             `sync_every`, with `steps_per_execution` above 1 a multiple of that. What a
             synchronisation makes of the weights at its start is applied `delay` steps
-            later, to particles that have gone on: they keep the way since then. A
-            synchronisation that training does not outlast is applied when it ends. See
+            later, to particles that have gone on: they keep the way since then. Only
+            there do they wait for slower ones. A synchronisation that training does not
+            outlast is applied when it ends. See
             "Streaming DiLoCo" (arXiv 2501.18512). Defaults to 0: training
             waits.
         backup_dir: Folder for backups of the whole swarm, from which a training that
@@ -359,14 +360,14 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting(f"synchronisation {self.num_syncs}"):
             self._synchronizer.start(self._wish())
         self._synced_steps = self._steps
-        if self._synchronizer.wish == _STOP:
-            self._stopping.decide(True)
         self.sync_seconds += time.perf_counter() - start
 
     def _finish(self):
         start = time.perf_counter()
         with self._meeting(f"synchronisation {self.num_syncs}"):
             self.fitness = self._synchronizer.finish()
+        if self._synchronizer.wish == _STOP:
+            self._stopping.decide(True)
         sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
         if sick:
             logging.warning(

@@ -10,8 +10,8 @@ from tf_psops.rules import rule as rule_lib
 class SyncGraph:
     """Makes the tensors of a synchronisation from those that the particles hold.
 
-    All workers must call `tell`, `begin`, `report`, `meet`, `settle` and `close` at the
-    same time. The first call of each traces and compiles it.
+    All workers must call `begin`, `settle` and `close` at the same time. The first call
+    of each function traces and compiles it.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -33,11 +33,6 @@ class SyncGraph:
         self._delayed = delayed
 
     @tf.function(autograph=False)
-    def tell(self, row):
-        """Returns a worker's row, [K], of each particle, [W, K]."""
-        return self._collectives.gather(self._particles.each(lambda _: row), Call.TELL)
-
-    @tf.function(autograph=False)
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
         starts = self._collectives.broadcast(
@@ -52,11 +47,11 @@ class SyncGraph:
 
     @tf.function(autograph=False)
     def report(self, wish):
-        """Returns a table of all particles, and what the local ones bring.
+        """Returns a row of each local particle, and what they bring.
 
-        The table, [W, 5], has their fitness, score, steps, distance from the vector
-        that travelled last, and what their worker wishes. Then come
-        positions, offers, the rule's new states, and the state to be averaged.
+        A row, [5], has its fitness, score, steps, distance from the vector that
+        travelled last, and what its worker wishes. Then come positions, offers, the
+        rule's new states, and the state to be averaged.
 
         Args:
             wish: Scalar float64.
@@ -77,17 +72,7 @@ class SyncGraph:
                 self._ledger.close(replica)
             return row, position, offer.vector, state, particles.averaged.pack(replica)
 
-        rows, *brought = zip(*particles.each(report))
-        return self._collectives.gather(rows, Call.REPORT), *brought
-
-    @tf.function(autograph=False)
-    def meet(self):
-        """Returns a table as of `report`, with half a step more."""
-
-        def report(replica):
-            return tf.stack([0.0, 0.0, self._ledger.steps(replica) + 0.5, 0.0, 0.0])
-
-        return self._collectives.gather(self._particles.each(report), Call.REPORT)
+        return tuple(zip(*particles.each(report)))
 
     @tf.function(autograph=False)
     def settle(self, fitness, positions, states, own, vectors, averaged, sync):

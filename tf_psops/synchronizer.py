@@ -6,7 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_psops import health, ledger, transfer
-from tf_psops.collectives import Collectives
+from tf_psops.collectives import Call, Collectives
 from tf_psops.compiled_rule import CompiledRule
 from tf_psops.exchange import Exchange
 from tf_psops.particles import Particles
@@ -101,7 +101,8 @@ class Synchronizer:
             row: Three numbers of this worker, the same for all of its particles.
         """
         self._wait()
-        return self._graph.tell(tf.constant(row, tf.float64)).numpy()
+        rows = [np.array(row, float)] * len(self.local_particles)
+        return self._collectives.tell(rows, Call.TELL)
 
     def any_worker(self, flag):
         """Returns whether any worker gave `True`, on all workers the same."""
@@ -163,10 +164,15 @@ class Synchronizer:
         """
         variables = tf.nest.flatten([self._particles.moved(), self._ledger.variables])
         values = [variable.read_value() for variable in variables]
-        table, *brought = self._graph.report(tf.constant(0, tf.float64))
-        healthy = tf.zeros([table.shape[0]], table.dtype)
-        self._begin_transfer(brought, healthy, tf.constant(0), tf.constant(True))
-        self._graph.settle(*self._end_transfer(), tf.constant(0))
+        rows, positions, offers, states, own = self._graph.report(
+            tf.constant(0, tf.float64)
+        )
+        table = self._collectives.tell(rows, Call.REPORT)
+        healthy = tf.zeros_like(table[:, 0])
+        travelled = self._exchange.travel(
+            offers, own, healthy, tf.constant(0), tf.constant(True)
+        )
+        self._graph.settle(healthy, positions, states, own, *travelled, tf.constant(0))
         self._particles.take_back(self._particles.show_agreed())
         self._graph.close(take_mean)
         for variable, value in zip(variables, values):
@@ -228,16 +234,24 @@ class Synchronizer:
         """Lets what the particles bring to a synchronisation travel.
 
         Args:
-            wish: A number that this worker tells the others. The largest of all is then
-                in `wish`.
-
-        Raises:
-            FloatingPointError: If no particle is in good health.
-            RuntimeError: If the particles are not at the same step.
+            wish: A number that this worker tells the others. The largest of all is in
+                `wish` after `finish`.
         """
-        table, *brought = self._graph.report(tf.constant(wish, tf.float64))
-        fitness, scores, steps, distances, wishes = table.numpy().T
-        self.wish = int(wishes.max())
+        rows, positions, offers, states, own = self._graph.report(
+            tf.constant(wish, tf.float64)
+        )
+        moving = transfer.Transfer(
+            lambda: self._travel(rows, offers, own), in_background=self._delayed
+        )
+        self._under_way = (positions, states, own), moving
+
+    def _travel(self, rows, offers, own):
+        """Meets the other workers, and lets what is best for all travel.
+
+        Nothing here changes what training sees, which may go on meanwhile.
+        """
+        table = self._collectives.tell(rows, Call.REPORT)
+        fitness, scores, steps, distances, wishes = table.T
         self._check_steps(steps)
         if not np.isfinite(fitness).any():
             raise FloatingPointError(
@@ -246,23 +260,22 @@ class Synchronizer:
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
         sick = health.are_sick(fitness, distances)
-        self.num_sick += int(sick.sum())
         fitness = np.where(sick, np.inf, fitness)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
-        self._begin_transfer(
-            brought,
+        travelled = self._exchange.travel(
+            offers,
+            own,
             tf.constant(fitness),
             tf.constant(root),
             tf.constant(news != self._sent),
         )
-        scores = self._rule.num_trials and 1 + self._rule.num_trials
-        scalars = (table.shape[1] + scores) * self.num_particles
-        self.bytes_moved += scalars * table.dtype.size
-        self.bytes_moved += self._particles.averaged.num_bytes
+        num_bytes = table.nbytes + self._particles.averaged.num_bytes
+        if self._rule.num_trials:
+            num_bytes += (1 + self._rule.num_trials) * fitness.nbytes
         if self._rule.exchange == "mean" or news != self._sent:
-            self.bytes_moved += self._particles.weights.size * self._payload.size
-        self._sent = news
+            num_bytes += self._particles.weights.size * self._payload.size
+        return fitness, news, int(wishes.max()), num_bytes, travelled
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -273,31 +286,26 @@ class Synchronizer:
             The fitness of every particle, a NumPy array [W].
 
         Raises:
-            FloatingPointError: If the rule gives a position that is not finite.
+            FloatingPointError: If no particle is in good health, or the rule gives a
+                position that is not finite.
+            RuntimeError: If the particles are not at the same step.
         """
-        settled = self._end_transfer()
-        self._check_finite(
-            self._graph.settle(*settled, tf.constant(self.num_syncs)), "move"
+        (brought, moving), self._under_way = self._under_way, None
+        fitness, self._sent, self.wish, num_bytes, travelled = moving.result()
+        self.num_sick += int(np.isinf(fitness).sum())
+        self.bytes_moved += num_bytes
+        finite = self._graph.settle(
+            tf.constant(fitness), *brought, *travelled, tf.constant(self.num_syncs)
         )
+        self._check_finite(finite, "move")
         self.num_syncs += 1
-        return settled[0].numpy()
+        return fitness
 
     def drop(self):
         """Forgets a synchronisation that is under way; its transfer ends first."""
         if self.is_under_way:
-            self._end_transfer()
-
-    def _begin_transfer(self, brought, fitness, root, is_news):
-        positions, offers, states, own = brought
-        moving = transfer.Transfer(
-            lambda: self._exchange.travel(offers, own, fitness, root, is_news),
-            in_background=self._delayed,
-        )
-        self._under_way = (fitness, positions, states, own), moving
-
-    def _end_transfer(self):
-        (known, moving), self._under_way = self._under_way, None
-        return *known, *moving.result()
+            self._under_way[1].wait()
+            self._under_way = None
 
     def _wait(self):
         """Waits for what travels: nothing else may meanwhile."""
@@ -313,7 +321,10 @@ class Synchronizer:
         if self._apart and self._strategy.num_workers > 1:
             with self._strategy.meeting("the end of an epoch, or an evaluation"):
                 self._wait()
-                self._check_steps(self._graph.meet().numpy()[:, 2])
+                # Half a step more than at a synchronisation.
+                row = np.array([0, 0, self.local_steps() + 0.5, 0, 0])
+                rows = [row] * len(self.local_particles)
+                self._check_steps(self._collectives.tell(rows, Call.REPORT)[:, 2])
 
     def _check_steps(self, steps):
         if steps.min() != steps.max():

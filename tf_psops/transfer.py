@@ -21,10 +21,14 @@ class Transfer:
         else:
             self._result = function()
 
-    def result(self):
-        """Returns what the function returned, or raises what it raised."""
+    def wait(self):
+        """Waits until the function has returned or raised."""
         if self._thread.ident:
             self._thread.join()
+
+    def result(self):
+        """Returns what the function returned, or raises what it raised."""
+        self.wait()
         if self._error:
             raise self._error
         return self._result
