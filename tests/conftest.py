@@ -4,13 +4,18 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # Read while TensorFlow loads.
 
-import tensorflow as tf  # noqa: E402
-
 # The particles of the largest swarm that a test trains inside its process. The devices
 # can be set once per process, so no test may leave it to its own swarm.
 _NUM_DEVICES = 8
 
-tf.config.set_logical_device_configuration(
-    tf.config.list_physical_devices("CPU")[0],
-    [tf.config.LogicalDeviceConfiguration()] * _NUM_DEVICES,
-)
+
+def pytest_configure(config):
+    hands_out = config.getoption("numprocesses", None)
+    if hands_out and "PYTEST_XDIST_WORKER" not in os.environ:
+        return  # Other processes run the tests.
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0],
+        [tf.config.LogicalDeviceConfiguration()] * _NUM_DEVICES,
+    )

@@ -42,7 +42,7 @@ def _record(side, sync_every, network, to_local, to_ssgd):
 
 
 class ScalingTest(absltest.TestCase):
-    @pytest.mark.timeout(180)
+    @pytest.mark.timeout(270)
     def test_all_sides_train(self):
         flags.FLAGS.mark_as_parsed()
         path = self.create_tempfile().full_path

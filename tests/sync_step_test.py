@@ -35,7 +35,7 @@ def _record(side, milliseconds):
 
 
 class SyncStepTest(absltest.TestCase):
-    @pytest.mark.timeout(60)
+    @pytest.mark.timeout(150)
     def test_all_sides_synchronise(self):
         rounds = {}
         cluster = sync_step.cluster
