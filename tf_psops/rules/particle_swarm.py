@@ -47,8 +47,8 @@ class ParticleSwarm(Rule):
         cognitive: c1, at least 0. Defaults to 0.5.
         social: c2, at least 0. Defaults to 0.5.
         take: Where a particle goes on from: "own", its own moved position, which
-            keeps the swarm diverse, or "global_best", the same for all. Defaults
-            to "own".
+            keeps the swarm diverse, or "global_best", the same for all, which are
+            then at rest there: nothing but the fitness moves them. Defaults to "own".
         seed: Seed of the random factors, one r1 and one r2 for each weight tensor
             of each particle at each synchronisation. Defaults to 0.
 
@@ -115,6 +115,8 @@ class ParticleSwarm(Rule):
 
     def move(self, state, position, news, tensor_ids):
         """Returns the state and position after one PSO step; see `Rule.move`."""
+        if self.take == "global_best":
+            return state, news.vector
         factors = tf.cast(news.factors, position.dtype)
         velocity = (
             self.inertia * state.velocity
@@ -122,5 +124,4 @@ class ParticleSwarm(Rule):
             * (state.best_position - position)
             + tf.gather(self.social * factors[1], tensor_ids) * (news.vector - position)
         )
-        moved = news.vector if self.take == "global_best" else position + velocity
-        return state._replace(velocity=velocity), moved
+        return state._replace(velocity=velocity), position + velocity
