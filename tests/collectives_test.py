@@ -111,6 +111,19 @@ def _fractions(particle):
     return random
 
 
+def _initial_values(strategy):
+    """Returns all local copies of variables that each worker fills with its number."""
+    mine = tf.fill([2, 3], strategy.worker_index)
+    values = [tf.cast(mine, dtype) for dtype in (tf.float32, tf.float16, tf.int64)]
+    with strategy.scope():
+        variables = [
+            tf.Variable(value)
+            for value in [*values, mine == 0, mine[0, 0], tf.cast(mine[:0], tf.float32)]
+        ]
+    local = strategy.experimental_local_results
+    return [[copy.numpy() for copy in local(variable)] for variable in variables]
+
+
 def _work(local_devices, implementation):
     """Is what each worker of a cluster does in the tests below."""
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -128,6 +141,7 @@ def _work(local_devices, implementation):
     particles = strategy.num_replicas_in_sync
     rounds = [*range(particles), *reversed(range(particles)), 0, 0]
     return {
+        "initial values": _initial_values(strategy),
         "gather": _gather(strategy),
         "mean": [
             [v[[0, -1]] for v in _mean(strategy, size, sick)]
@@ -207,6 +221,10 @@ class ClusterTest(_RoundedTestCase, parameterized.TestCase):
         particles = workers * local
         cases = [(size, sick) for size in _SIZES for sick in (None, 0, particles - 1)]
         for result in clusters.run(_work, workers, local, implementation):
+            shapes = [(2, 3)] * 4 + [(), (0, 3)]
+            for copies, shape in zip(result["initial values"], shapes, strict=True):
+                for got in copies:  # The chief's: the number 0, and so `mine == 0`.
+                    self.assertAllEqual(got, np.full(shape, got.dtype == bool))
             for got, expected in zip(result["gather"], _gathered(particles)):
                 self.assertAllEqual(got, expected)
             for copies, (size, sick) in zip(result["mean"], cases):

@@ -23,6 +23,7 @@ import inspect
 import itertools
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
 from tensorflow.python.data.ops import multi_device_iterator_ops
@@ -188,9 +189,10 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     def _get_variable_creator_initial_value(
         self, replica_id, device, primary_var, **kwargs
     ):
-        """Checks that the workers make the same variable before its value travels.
+        """Checks that the workers make the same variable, and takes the chief's value.
 
-        And moves Keras' random seeds apart, so that dropout masks differ.
+        That goes over the swarm's own wire where there is one. And moves Keras' random
+        seeds apart, so that dropout masks differ.
         """
         make = super()._get_variable_creator_initial_value
         name = kwargs.get("name") or ""
@@ -201,9 +203,14 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
                 value = value() if callable(value) else value
                 value = tf.convert_to_tensor(value, kwargs.get("dtype"))
                 shape, dtype = tuple(value.shape), value.dtype.name
-                self._container_strategy().check_same(
+                strategy = self._container_strategy()
+                strategy.check_same(
                     f"a new variable of shape {shape} and type {dtype}", {}, name
                 )
+                if strategy.wire:
+                    flat = value.numpy().ravel()
+                    flat = strategy.wire.broadcast(flat, 0, np.empty_like(flat))
+                    return tf.reshape(flat, value.shape)
             made = {**kwargs, "initial_value": value}
             return make(
                 replica_id=replica_id, device=device, primary_var=primary_var, **made
