@@ -68,7 +68,8 @@ class SyncStepTest(absltest.TestCase):
             self.assertGreater(record["min_ms"], 0)
             self.assertGreaterEqual(record["median_ms"], record["min_ms"])
             self.assertGreaterEqual(record["max_ms"], record["median_ms"])
-        self.assertLen(rounds, 4 * len(sides))
+        num_rounds = sync_step._WARM_UP_ROUNDS + 2
+        self.assertLen(rounds, num_rounds * len(sides))
         for (side, number), result in rounds.items():
             side, _, rounded = side.partition("/")
             if side == "psops":  # It moves past the mean by its velocity.
