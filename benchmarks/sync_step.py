@@ -12,8 +12,8 @@ meanwhile:
   * psops: the whole synchronisation of `PSOSync` with its default rule, the scoring of
     trial positions included; psops_broadcast: with
     `ParticleSwarm(take="global_best")`, where each time another particle has found a
-    better best; psops_all_reduce: with
-    `ParameterAverage`; each also with float16 on the wire.
+    better best; psops_all_reduce: with `ParameterAverage`; each also with float16 on
+    the wire.
   * ring_all_reduce: psops_all_reduce by TensorFlow's ring over gRPC instead.
   * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
     of which all take the best worker's.

@@ -85,9 +85,9 @@ class Ledger:
         """Returns the local steps of a local replica since `begin`, float64."""
         return self._local[replica][0]
 
-    def num_steps(self):
-        """Returns the first replica's `steps`, an int, outside of a `tf.function`."""
-        return int(self._local[0].numpy()[0])
+    def num_steps(self, replica):
+        """Returns `steps` as an int, outside of a `tf.function`."""
+        return int(self._local[replica].numpy()[0])
 
     def mean_loss(self, replica):
         """Returns a local replica's mean loss since `close`; NaN without a step."""

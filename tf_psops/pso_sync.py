@@ -77,9 +77,8 @@ class PSOSync(keras.callbacks.Callback):
             synchronisation makes of the weights at its start is applied `delay` steps
             later, to particles that have gone on: they keep the way since then. Only
             there do they wait for slower ones. A synchronisation that training does not
-            outlast is applied when it ends. See
-            "Streaming DiLoCo" (arXiv 2501.18512). Defaults to 0: training
-            waits.
+            outlast is applied when it ends. See "Streaming DiLoCo" (arXiv 2501.18512).
+            Defaults to 0: training waits.
         backup_dir: Folder for backups of the whole swarm, from which a training that
             was cut short goes on when it is started again: every particle's weights,
             state, optimizer and what the rule remembers, and the step in the epoch.

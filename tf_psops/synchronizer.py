@@ -110,7 +110,7 @@ class Synchronizer:
 
     def local_steps(self):
         """Returns the local steps of this worker's first particle, an int."""
-        return self._ledger.num_steps()
+        return self._ledger.num_steps(0)
 
     def particles(self):
         """Returns the variables that each local particle is made of, lists."""
@@ -322,8 +322,10 @@ class Synchronizer:
             with self._strategy.meeting("the end of an epoch, or an evaluation"):
                 self._wait()
                 # Half a step more than at a synchronisation.
-                row = np.array([0, 0, self.local_steps() + 0.5, 0, 0])
-                rows = [row] * len(self.local_particles)
+                rows = [
+                    np.array([0, 0, self._ledger.num_steps(replica) + 0.5, 0, 0])
+                    for replica in range(len(self.local_particles))
+                ]
                 self._check_steps(self._collectives.tell(rows, Call.REPORT)[:, 2])
 
     def _check_steps(self, steps):

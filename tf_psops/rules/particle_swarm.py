@@ -47,8 +47,8 @@ class ParticleSwarm(Rule):
         cognitive: c1, at least 0. Defaults to 0.5.
         social: c2, at least 0. Defaults to 0.5.
         take: Where a particle goes on from: "own", its own moved position, which
-            keeps the swarm diverse, or "global_best", the same for all, which are
-            then at rest there: nothing but the fitness moves them. Defaults to "own".
+            keeps the swarm diverse, or "global_best", the same for all; there is then
+            no velocity, and the numbers above have no effect. Defaults to "own".
         seed: Seed of the random factors, one r1 and one r2 for each weight tensor
             of each particle at each synchronisation. Defaults to 0.
 
