@@ -21,7 +21,7 @@ from absl import app, flags
 
 import tf_psops
 from benchmarks import common_flags
-from tf_psops import compiling
+from tf_psops import _xla
 
 _MILLIONS = flags.DEFINE_integer(
     "millions", 25, "Millions of parameters of the particle.", lower_bound=1
@@ -37,7 +37,7 @@ def _make_rule_side(state, position, best):
     size = position.shape[0] // _NUM_TENSORS
     tensor_ids = tf.constant(np.repeat(np.arange(_NUM_TENSORS, dtype=np.uint8), size))
 
-    @compiling.compiled
+    @_xla.compiled
     def move(state, position, news, tensor_ids):
         return rule.move(state, position, news, tf.cast(tensor_ids, tf.int32))
 

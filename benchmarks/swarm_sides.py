@@ -12,7 +12,7 @@ import keras
 import tensorflow as tf
 
 import tf_psops
-from tf_psops import synchronizer
+from tf_psops.sync import synchronizer
 
 _RULES = {
     "psops": lambda: tf_psops.PSOSync(1).rule,

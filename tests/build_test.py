@@ -26,7 +26,18 @@ import tempfile
 from absl.testing import absltest
 
 _ROOT = pathlib.Path(__file__).resolve().parents[1]
-_FOLDERS = ("tf_psops", "tf_psops/rules", "trainers", "tests", "benchmarks")
+_FOLDERS = (
+    "tf_psops",
+    "tf_psops/rules",
+    "tf_psops/sync",
+    "tf_psops/transport",
+    "tf_psops/keras_hooks",
+    "tf_psops/backups",
+    "tf_psops/launcher",
+    "trainers",
+    "tests",
+    "benchmarks",
+)
 _RULES = ("py_binary", "py_library", "py_test")
 _SIZES = ("small", "medium", "large", "enormous")
 _HEADER = 'package(default_visibility = ["//visibility:public"])\n'

@@ -6,7 +6,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 
 import tf_psops
-from tf_psops import collectives as collectives_lib
+from tf_psops.transport import collectives as collectives_lib
 
 # The last one fills several buckets, the last of them in part.
 _SIZES = (1, 10, 3_000_000)

@@ -12,7 +12,8 @@ from unittest import mock
 import launching
 from absl.testing import absltest, parameterized
 
-from tf_psops import launch, worker_process
+from tf_psops import launch
+from tf_psops.launcher import worker_process
 
 
 def setUpModule():

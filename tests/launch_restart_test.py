@@ -9,7 +9,8 @@ from unittest import mock
 import launching
 from absl.testing import absltest, parameterized
 
-from tf_psops import heartbeat, launch, worker_group
+from tf_psops import heartbeat, launch
+from tf_psops.launcher import worker_group
 
 _BEAT = f"import runpy; beat = runpy.run_path({heartbeat.__file__!r})['beat']\n"
 # Counts how many times this worker has been started, from 1.

@@ -11,7 +11,7 @@ from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
-from tf_psops import exchange, synchronizer
+from tf_psops.sync import reduction, synchronizer
 
 
 class IntervalTest(tf.test.TestCase, parameterized.TestCase):
@@ -102,7 +102,7 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(weights, after.seen[-1][0].mean(axis=0), atol=1e-6)
 
     def test_training_does_not_wait(self):
-        travel = exchange.Exchange.travel
+        travel = reduction.Reduction.travel
         events = []
 
         def slow(self, *args):
@@ -114,7 +114,7 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
         model = swarms.swarm()
         sync = tf_psops.PSOSync(3, tf_psops.ParticleSwarm(), delay=2)
         probe = swarms.Probe(lambda _: events.append("step"))
-        with mock.patch.object(exchange.Exchange, "travel", slow):
+        with mock.patch.object(reduction.Reduction, "travel", slow):
             swarms.fit(model, swarms.data(7), sync, probe)
         rehearsed, *rest = events
         self.assertEqual(rehearsed, "there")

@@ -50,7 +50,8 @@ from typing import TextIO
 
 from absl import app, flags
 
-from tf_psops import _checks, worker_group
+from tf_psops import _checks
+from tf_psops.launcher import worker_group
 
 _NUM_WORKERS = flags.DEFINE_integer(
     "num_workers", 2, "Number of workers to run.", lower_bound=1

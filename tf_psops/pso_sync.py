@@ -8,17 +8,10 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import (
-    _checks,
-    _private_api,
-    fit_checks,
-    heartbeat,
-    one_model,
-    resumption,
-    rules,
-    stopping,
-    synchronizer,
-)
+from tf_psops import _checks, heartbeat, rules, tensorflow_internals
+from tf_psops.backups import resume
+from tf_psops.keras_hooks import fit_checks, stop_vote, swapped_weights
+from tf_psops.sync import synchronizer
 
 # What a worker wishes for the whole swarm, the strongest last.
 _GO_ON, _STOP, _GO_AWAY = range(3)
@@ -191,7 +184,7 @@ class PSOSync(keras.callbacks.Callback):
         self.sync_seconds = 0.0
         self.fitness = None
         self._synchronizer = None
-        self._stopping = None
+        self._stop_vote = None
         self._synchronized = None
         self._rehearsed = False
         self._history = None  # That of the `fit` that goes on.
@@ -200,9 +193,9 @@ class PSOSync(keras.callbacks.Callback):
         self._epoch = 0
         self._steps_in_epoch = 0
         self._synced_steps = 0
-        self._resumption = None
+        self._resume_state = None
         if backup_dir is not None:
-            self._resumption = resumption.Resumption(backup_dir, backup_every, elastic)
+            self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
 
     @property
     def num_syncs(self):
@@ -219,7 +212,7 @@ class PSOSync(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         fit_checks.check_strategy(model)
-        callback_list = _private_api.calling_list(self)
+        callback_list = tensorflow_internals.calling_list(self)
         if callback_list is None:
             return
         fit_checks.check_callbacks(callback_list.callbacks, PSOSync)
@@ -255,18 +248,18 @@ class PSOSync(keras.callbacks.Callback):
             )
             self._rehearsed = False
             self.model.make_train_function(force=True)
-            one_model.speak_for_swarm(self.model, self._synchronizer)
+            swapped_weights.speak_for_swarm(self.model, self._synchronizer)
         with self._meeting("the start of training"):
             self._synchronizer.begin()
-            if self._resumption:
-                self._resumption.begin(
+            if self._resume_state:
+                self._resume_state.begin(
                     self.model,
                     self._synchronizer,
                     self._steps_per_epoch(),
                     self._resume,
                 )
         self._history = self.model.history
-        self._stopping = stopping.Stopping(self.model, self._synchronizer.any_worker)
+        self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
         self._first_step = self._steps = self._synced_steps = 0
 
@@ -285,7 +278,7 @@ class PSOSync(keras.callbacks.Callback):
                 f"{self!r}, which another `fit` has taken over. Make a PSOSync of its "
                 "own for each model that is trained at the same time."
             )
-        if self._resumption and self._resumption.skipping:
+        if self._resume_state and self._resume_state.skipping:
             return
         if self.model.steps_per_execution == 1:
             self._steps += batch + 1 - self._steps_in_epoch
@@ -323,8 +316,8 @@ class PSOSync(keras.callbacks.Callback):
         if self._steps > self._synced_steps and not averaged:
             self._start()
             self._finish()
-        if self._resumption:
-            self._resumption.end(None if averaged else self._place())
+        if self._resume_state:
+            self._resume_state.end(None if averaged else self._place())
         with self._meeting("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
@@ -366,7 +359,7 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting(f"synchronisation {self.num_syncs}"):
             self.fitness = self._synchronizer.finish()
         if self._synchronizer.wish == _STOP:
-            self._stopping.decide(True)
+            self._stop_vote.decide(True)
         sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
         if sick:
             logging.warning(
@@ -375,15 +368,15 @@ class PSOSync(keras.callbacks.Callback):
                 sick,
                 self.num_syncs - 1,
             )
-        if self._resumption:
+        if self._resume_state:
             preempted = self._synchronizer.wish == _GO_AWAY
-            self._resumption.note_sync(self._place(), preempted)
+            self._resume_state.note_sync(self._place(), preempted)
         self.sync_seconds += time.perf_counter() - start
 
     def _wish(self):
-        if self._resumption and self._resumption.preempted:
+        if self._resume_state and self._resume_state.preempted:
             return _GO_AWAY
-        return _STOP if self._stopping.wanted else _GO_ON
+        return _STOP if self._stop_vote.wanted else _GO_ON
 
     def _meeting(self, name):
         return self.model.distribute_strategy.meeting(name)
@@ -399,6 +392,6 @@ class PSOSync(keras.callbacks.Callback):
             "optimizer_slots": self.optimizer_slots,
             "payload_dtype": payload,
             "delay": self.delay,
-            "backups": self._resumption and self._resumption.settings,
+            "backups": self._resume_state and self._resume_state.settings,
             "epochs": (self.params or {}).get("epochs"),
         }

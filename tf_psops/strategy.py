@@ -7,15 +7,8 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import (
-    _checks,
-    _private_api,
-    agreement,
-    cluster,
-    collectives,
-    meeting,
-    wire,
-)
+from tf_psops import _checks, cluster, tensorflow_internals
+from tf_psops.transport import barrier, collectives, connections, equality
 
 
 class SwarmStrategy(tf.distribute.Strategy):
@@ -111,7 +104,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         )
         self._observers = weakref.WeakKeyDictionary()
         try:
-            extended = _private_api.SwarmExtended(
+            extended = tensorflow_internals.SwarmExtended(
                 self,
                 devices,
                 cluster_resolver,
@@ -130,9 +123,9 @@ class SwarmStrategy(tf.distribute.Strategy):
         super().__init__(extended)
         _check_existence(devices)
         self.communication_options = communication_options
-        self._agreement = agreement.Agreement(self)
+        self._equality = equality.Equality(self)
         if self.num_workers > 1:
-            meeting.tell_of_failures()
+            barrier.tell_of_failures()
 
     @classmethod
     def in_process(cls, num_particles, **kwargs):
@@ -191,11 +184,11 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     def meeting(self, name):
         """Bounds the wait for the other workers; see `meeting.meeting`."""
-        return meeting.meeting(self, name)
+        return barrier.meeting(self, name)
 
     def check_same(self, occasion, settings, name=""):
-        """Raises an error unless all workers agree; see `agreement.Agreement.check`."""
-        self._agreement.check(occasion, settings, name)
+        """Raises an error unless all workers agree; see `agreement.Equality.check`."""
+        self._equality.check(occasion, settings, name)
 
     @functools.cached_property
     def wire(self):
@@ -212,7 +205,7 @@ class SwarmStrategy(tf.distribute.Strategy):
             or self.communication_options.implementation != automatic
         ):
             return None
-        connected = wire.connect(
+        connected = connections.connect(
             self.worker_index,
             self.extended.hosts,
             lambda row: collectives.tell(self, row),

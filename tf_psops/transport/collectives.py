@@ -15,7 +15,7 @@ import itertools
 import numpy as np
 import tensorflow as tf
 
-from tf_psops import compiling
+from tf_psops import _xla
 
 # Away from the keys that tf.distribute counts up from 1. All workers make their
 # `Collectives` in the same order.
@@ -58,7 +58,7 @@ class Collectives:
         self._worker_index = worker_index
         self._wire = wire
         # TensorFlow's own casts from and to two bytes take two to three times as long.
-        self._sum_of_shares = compiling.compiled(_scaled_sum)
+        self._sum_of_shares = _xla.compiled(_scaled_sum)
         self._group = {
             "group_size": num_workers,
             "group_key": next(_group_keys),

@@ -5,10 +5,10 @@ import hashlib
 
 import numpy as np
 
-from tf_psops import collectives
+from tf_psops.transport import collectives
 
 
-class Agreement:
+class Equality:
     """Asks all workers of a swarm whether they have the same.
 
     It comes before any tensors travel whose shapes depend on what is asked, because

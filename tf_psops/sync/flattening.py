@@ -8,7 +8,7 @@ _ALIGNMENT = (
 )
 
 
-class Packing:
+class Flattening:
     """Packs the variables of one replica into a flat vector and back.
 
     Those come first whose parts of the vector TensorFlow can assign without a copy.

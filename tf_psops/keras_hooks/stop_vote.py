@@ -1,7 +1,7 @@
 """How one worker's wish to stop becomes the whole swarm's."""
 
 
-class Stopping:
+class StopVote:
     """Lets all workers leave `fit` at the same step when one of them wants to.
 
     A worker that leaves alone, because a callback has set `model.stop_training`, would

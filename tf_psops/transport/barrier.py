@@ -12,7 +12,7 @@ import threading
 import keras
 import tensorflow as tf
 
-from tf_psops import collectives
+from tf_psops.transport import collectives
 
 _ERRORS = (
     tf.errors.AbortedError,

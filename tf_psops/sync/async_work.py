@@ -3,7 +3,7 @@
 import threading
 
 
-class Transfer:
+class AsyncWork:
     """Runs a function, at once or while the caller goes on.
 
     Args:

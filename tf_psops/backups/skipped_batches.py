@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 
-class Feed:
+class SkippedBatches:
     """Stands for a Keras train function, to know the data's position and restore it.
 
     Keras may draw all epochs from one iterator (with `steps_per_epoch`) or take a new

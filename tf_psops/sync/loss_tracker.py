@@ -3,7 +3,7 @@
 import tensorflow as tf
 
 
-class Ledger:
+class LossTracker:
     """Counts each particle's steps and adds up its training loss.
 
     Keras' own loss tracker starts anew at every epoch and evaluation, and its value

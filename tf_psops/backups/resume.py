@@ -5,10 +5,12 @@ import pathlib
 
 from absl import logging
 
-from tf_psops import _private_api, backup, feed, meeting, preemption
+from tf_psops import tensorflow_internals
+from tf_psops.backups import preemption, skipped_batches, store
+from tf_psops.transport import barrier
 
 
-class Resumption:
+class Resume:
     """Keeps one training after another resumable, each in a folder of its own.
 
     All workers call the same methods in the same order.
@@ -26,7 +28,7 @@ class Resumption:
         self._num_trainings = 0
         self._last = None
         self._backups = None
-        self._feed = None
+        self._skipped_batches = None
         self._preemption = preemption.Preemption()
 
     @property
@@ -42,7 +44,7 @@ class Resumption:
     @property
     def skipping(self):
         """Tells whether training is not yet back where the backup was taken."""
-        return self._feed.skipping
+        return self._skipped_batches.skipping
 
     def begin(self, model, synchronizer, steps_per_epoch, resume):
         """Begins a training, or goes on with it if there is a backup.
@@ -60,18 +62,21 @@ class Resumption:
         """
         self._model, self._synchronizer = model, synchronizer
         self._preemption.watch()
-        self._backups = backup.Backups(
+        self._backups = store.Backups(
             self._folder / f"fit-{self._num_trainings}",
             synchronizer.local_particles,
             synchronizer.num_particles,
         )
         train_function = model.train_function
-        if isinstance(train_function, feed.Feed):  # An earlier training was cut short.
+        if isinstance(train_function, skipped_batches.SkippedBatches):
+            # An earlier training was cut short.
             train_function = train_function.train_function
-        self._feed = feed.Feed(train_function, model.steps_per_execution)
-        model.train_function = self._feed
+        self._skipped_batches = skipped_batches.SkippedBatches(
+            train_function, model.steps_per_execution
+        )
+        model.train_function = self._skipped_batches
         self._last = self._common_number()
-        _private_api.begin_at_epoch(model, None)
+        tensorflow_internals.begin_at_epoch(model, None)
         if self._last is None:
             self._backups.discard_after(-1)
             return
@@ -82,7 +87,7 @@ class Resumption:
         logging.info(
             "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
         )
-        _private_api.begin_at_epoch(model, place["epoch"])
+        tensorflow_internals.begin_at_epoch(model, place["epoch"])
 
         def arrive():
             newcomers = [
@@ -96,7 +101,7 @@ class Resumption:
             model.stop_training = header["stopped"]
             return model.get_metrics_result()
 
-        self._feed.skip(drawn, place["steps_in_epoch"], arrive)
+        self._skipped_batches.skip(drawn, place["steps_in_epoch"], arrive)
 
     def note_sync(self, place, preempted):
         """Takes a backup if it is time for one.
@@ -113,7 +118,7 @@ class Resumption:
         if preempted:
             self._backups.wait()
             logging.warning("Leaving after SIGTERM; a backup is taken.")
-            raise meeting.known_to_all(SystemExit(preemption.EXIT_CODE))
+            raise barrier.known_to_all(SystemExit(preemption.EXIT_CODE))
 
     def end(self, place):
         """Ends the training.
@@ -126,8 +131,8 @@ class Resumption:
             self._save(place, stopped=self._model.stop_training)
         self._backups.wait()
         self._preemption.ignore()
-        self._model.train_function = self._feed.train_function
-        _private_api.begin_at_epoch(self._model, None)
+        self._model.train_function = self._skipped_batches.train_function
+        tensorflow_internals.begin_at_epoch(self._model, None)
         self._num_trainings += 1
 
     def _save(self, place, stopped):
@@ -136,7 +141,7 @@ class Resumption:
             self._last,
             self._synchronizer.particles(),
             place=place,
-            drawn=self._feed.drawn,
+            drawn=self._skipped_batches.drawn,
             stopped=stopped,
             progress=self._synchronizer.progress(),
         )

@@ -5,12 +5,12 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
-from tf_psops import health, ledger, transfer
-from tf_psops.collectives import Call, Collectives
-from tf_psops.compiled_rule import CompiledRule
-from tf_psops.exchange import Exchange
-from tf_psops.particles import Particles
-from tf_psops.sync_graph import SyncGraph
+from tf_psops.sync import async_work, divergence, loss_tracker
+from tf_psops.sync.compiled_rule import CompiledRule
+from tf_psops.sync.particles import Particles
+from tf_psops.sync.reduction import Reduction
+from tf_psops.sync.sync_graph import SyncGraph
+from tf_psops.transport.collectives import Call, Collectives
 
 # What a swarm has of its past besides the particles.
 _PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
@@ -52,7 +52,7 @@ class Synchronizer:
             strategy.communication_options,
             strategy.wire,
         )
-        self._ledger = ledger.Ledger(
+        self._loss_tracker = loss_tracker.LossTracker(
             strategy, model, rule.num_examples if rule.num_trials else 0
         )
         self._particles = Particles(
@@ -64,7 +64,7 @@ class Synchronizer:
             average_slots,
         )
         self._payload = tf.as_dtype(payload_dtype or self._particles.dtype)
-        self._exchange = Exchange(
+        self._reduction = Reduction(
             self._collectives, self._particles, rule.exchange, self._payload
         )
         self._graph = SyncGraph(
@@ -73,7 +73,7 @@ class Synchronizer:
             self._rule,
             self._collectives,
             self._particles,
-            self._ledger,
+            self._loss_tracker,
             delayed,
         )
         self._under_way = None
@@ -110,12 +110,12 @@ class Synchronizer:
 
     def local_steps(self):
         """Returns the local steps of this worker's first particle, an int."""
-        return self._ledger.num_steps(0)
+        return self._loss_tracker.num_steps(0)
 
     def particles(self):
         """Returns the variables that each local particle is made of, lists."""
         return [
-            [*variables, self._ledger.sums(replica)]
+            [*variables, self._loss_tracker.sums(replica)]
             for replica, variables in enumerate(self._particles.variables())
         ]
 
@@ -138,7 +138,7 @@ class Synchronizer:
         if newcomers:
             self._sent = None
         for replica, values in enumerate(arrays):
-            self._ledger.sums(replica).assign(values[-1])
+            self._loss_tracker.sums(replica).assign(values[-1])
         self._particles.restore([values[:-1] for values in arrays], newcomers)
 
     def begin(self):
@@ -162,14 +162,16 @@ class Synchronizer:
         Args:
             take_mean: See `close`.
         """
-        variables = tf.nest.flatten([self._particles.moved(), self._ledger.variables])
+        variables = tf.nest.flatten(
+            [self._particles.moved(), self._loss_tracker.variables]
+        )
         values = [variable.read_value() for variable in variables]
         rows, positions, offers, states, own = self._graph.report(
             tf.constant(0, tf.float64)
         )
         table = self._collectives.tell(rows, Call.REPORT)
         healthy = tf.zeros_like(table[:, 0])
-        travelled = self._exchange.travel(
+        travelled = self._reduction.travel(
             offers, own, healthy, tf.constant(0), tf.constant(True)
         )
         self._graph.settle(healthy, positions, states, own, *travelled, tf.constant(0))
@@ -240,7 +242,7 @@ class Synchronizer:
         rows, positions, offers, states, own = self._graph.report(
             tf.constant(wish, tf.float64)
         )
-        moving = transfer.Transfer(
+        moving = async_work.AsyncWork(
             lambda: self._travel(rows, offers, own), in_background=self._delayed
         )
         self._under_way = (positions, states, own), moving
@@ -259,11 +261,11 @@ class Synchronizer:
                 f"synchronisation {self.num_syncs}. Received the losses "
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
-        sick = health.are_sick(fitness, distances)
+        sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick, np.inf, fitness)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
-        travelled = self._exchange.travel(
+        travelled = self._reduction.travel(
             offers,
             own,
             tf.constant(fitness),
@@ -323,7 +325,7 @@ class Synchronizer:
                 self._wait()
                 # Half a step more than at a synchronisation.
                 rows = [
-                    np.array([0, 0, self._ledger.num_steps(replica) + 0.5, 0, 0])
+                    np.array([0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0])
                     for replica in range(len(self.local_particles))
                 ]
                 self._check_steps(self._collectives.tell(rows, Call.REPORT)[:, 2])

@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tf_psops import compiling
+from tf_psops import _xla
 from tf_psops.rules import rule as rule_lib
 
 
@@ -22,9 +22,9 @@ class CompiledRule:
         self.num_trials = rule.num_trials
         self.join = rule.join
         self.factors = rule.factors
-        self.trial = compiling.compiled(self._trial)
-        self.move = compiling.compiled(self._move)
-        self.agreed = compiling.compiled(self._agreed)
+        self.trial = _xla.compiled(self._trial)
+        self.move = _xla.compiled(self._move)
+        self.agreed = _xla.compiled(self._agreed)
 
     @property
     def name(self):

@@ -1,11 +1,11 @@
-"""Tests of `tf_psops.packing`."""
+"""Tests of `tf_psops.sync.flattening`."""
 
 import keras
 import tensorflow as tf
 from absl.testing import parameterized
 
 import tf_psops
-from tf_psops import packing
+from tf_psops.sync import flattening
 
 
 class PackingTest(tf.test.TestCase, parameterized.TestCase):
@@ -19,7 +19,7 @@ class PackingTest(tf.test.TestCase, parameterized.TestCase):
                 keras.Variable(tf.fill(shape, float(number)), dtype="float32")
                 for number, shape in enumerate(shapes)
             ]
-        packed = packing.Packing(strategy, variables, tf.as_dtype(dtype))
+        packed = flattening.Flattening(strategy, variables, tf.as_dtype(dtype))
         self.assertEqual(packed.size, 3 + 16 + 1 + 16 + 5 + 8)
         self.assertEqual(packed.num_bytes, packed.size * tf.as_dtype(dtype).size)
         self.assertAllEqual(packed.pack(0), packed.tensor_ids())
@@ -34,7 +34,7 @@ class PackingTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_nothing(self):
         strategy = tf_psops.SwarmStrategy.in_process(1)
-        packed = packing.Packing(strategy, [], tf.float32)
+        packed = flattening.Flattening(strategy, [], tf.float32)
         packed.unpack(0, packed.pack(0))
         self.assertEqual(packed.pack(0).shape, [0])
         self.assertEqual(packed.tensor_ids().shape, [0])

@@ -2,11 +2,11 @@
 
 import tensorflow as tf
 
-from tf_psops import compiling
-from tf_psops.collectives import Call
+from tf_psops import _xla
+from tf_psops.transport.collectives import Call
 
 
-class Exchange:
+class Reduction:
     """Lets one vector of the swarm travel, and the mean of what else is averaged.
 
     Args:
@@ -23,10 +23,10 @@ class Exchange:
         self._particles = particles
         self._kind = kind
         self._payload = payload
-        self._shorten = compiling.compiled(
+        self._shorten = _xla.compiled(
             lambda vector, last: tf.saturate_cast(vector - last, payload)
         )
-        self._lengthen = compiling.compiled(
+        self._lengthen = _xla.compiled(
             lambda way, last: last + tf.cast(way, last.dtype)
         )
 

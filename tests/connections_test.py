@@ -1,4 +1,4 @@
-"""Tests of `tf_psops.wire`: workers are threads of one process."""
+"""Tests of `tf_psops.transport.connections`: workers are threads of one process."""
 
 import contextlib
 import socket
@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
-from tf_psops import wire as wire_lib
+from tf_psops.transport import connections as wire_lib
 
 _SECONDS = 20
 

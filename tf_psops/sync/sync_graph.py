@@ -2,9 +2,10 @@
 
 import tensorflow as tf
 
-from tf_psops import _private_api, health
-from tf_psops.collectives import Call
+from tf_psops import tensorflow_internals
 from tf_psops.rules import rule as rule_lib
+from tf_psops.sync import divergence
+from tf_psops.transport.collectives import Call
 
 
 class SyncGraph:
@@ -19,17 +20,19 @@ class SyncGraph:
         rule: A `CompiledRule`.
         collectives: The swarm's `Collectives`.
         particles: The local `Particles`.
-        ledger: Their `Ledger`.
+        loss_tracker: Their `LossTracker`.
         delayed: Whether particles take local steps between `report` and `settle`.
     """
 
-    def __init__(self, strategy, model, rule, collectives, particles, ledger, delayed):
+    def __init__(
+        self, strategy, model, rule, collectives, particles, loss_tracker, delayed
+    ):
         self._strategy = strategy
         self._model = model
         self._rule = rule
         self._collectives = collectives
         self._particles = particles
-        self._ledger = ledger
+        self._loss_tracker = loss_tracker
         self._delayed = delayed
 
     @tf.function(autograph=False)
@@ -41,7 +44,7 @@ class SyncGraph:
 
         def begin(replica):
             self._particles.begin(replica, starts[replica])
-            self._ledger.begin(replica)
+            self._loss_tracker.begin(replica)
 
         self._particles.each(begin)
 
@@ -60,16 +63,24 @@ class SyncGraph:
 
         def report(replica):
             position = particles.weights.pack(replica)
-            loss = tf.cast(self._ledger.mean_loss(replica), position.dtype)
+            loss = tf.cast(self._loss_tracker.mean_loss(replica), position.dtype)
             # Not finite either where an element of the position is not.
-            distance = health.distance(position, particles.vector[replica].read_value())
+            distance = divergence.distance(
+                position, particles.vector[replica].read_value()
+            )
             sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
             state, offer = self._rule.offer(particles.state(replica), position, fitness)
-            row = fitness, offer.score, self._ledger.steps(replica), distance, wish
+            row = (
+                fitness,
+                offer.score,
+                self._loss_tracker.steps(replica),
+                distance,
+                wish,
+            )
             row = tf.stack([tf.cast(value, tf.float64) for value in row])
             with tf.control_dependencies([row]):
-                self._ledger.close(replica)
+                self._loss_tracker.close(replica)
             return row, position, offer.vector, state, particles.averaged.pack(replica)
 
         return tuple(zip(*particles.each(report)))
@@ -103,11 +114,11 @@ class SyncGraph:
 
         states = particles.each(recall)
 
-        def way(replica, packing, start):
+        def way(replica, flattening, start):
             """Returns how far a particle has gone on since the start."""
             return tf.cond(
                 mine[replica],
-                lambda: packing.pack(replica) - start,
+                lambda: flattening.pack(replica) - start,
                 lambda: tf.zeros_like(start),
             )
 
@@ -152,7 +163,7 @@ class SyncGraph:
                 states[replica], position, news[replica], ids
             )
             particles.remember(replica, state)
-            finite = health.is_finite(position)
+            finite = divergence.is_finite(position)
             if self._delayed:
                 position += ways[replica]
             particles.weights.unpack(replica, position)
@@ -165,8 +176,8 @@ class SyncGraph:
         particles = self._particles
 
         def loss():
-            batch = self._ledger.batch(self._strategy.local_replica())
-            return _private_api.test_loss(self._model, batch)
+            batch = self._loss_tracker.batch(self._strategy.local_replica())
+            return tensorflow_internals.test_loss(self._model, batch)
 
         def score(number, scores):
             def show(replica):
@@ -215,7 +226,7 @@ class SyncGraph:
         states = particles.each(particles.left_apart.pack)
         if take_mean or particles.left_apart.size:
             finite = [
-                health.is_finite(position) & health.is_finite(state)
+                divergence.is_finite(position) & divergence.is_finite(state)
                 for position, state in zip(positions, states)
             ]
             rows = [tf.cast([flag], tf.float64) for flag in finite]
@@ -227,6 +238,6 @@ class SyncGraph:
         def take(replica):
             particles.weights.unpack(replica, positions[replica])
             particles.left_apart.unpack(replica, states[replica])
-            return health.is_finite(positions[replica])
+            return divergence.is_finite(positions[replica])
 
         return particles.each(take)

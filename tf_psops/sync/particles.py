@@ -2,7 +2,8 @@
 
 import tensorflow as tf
 
-from tf_psops import _private_api, packing
+from tf_psops import tensorflow_internals
+from tf_psops.sync import flattening
 
 
 class Particles:
@@ -19,9 +20,9 @@ class Particles:
     Attributes:
         dtype: The `tf.DType` of all vectors.
         indices: The range of their indices in the swarm.
-        weights: The `Packing` of the positions, [P].
-        averaged: The `Packing` of what is averaged beside them.
-        left_apart: The `Packing` of state that is not averaged before training closes.
+        weights: The `Flattening` of the positions, [P].
+        averaged: The `Flattening` of what is averaged beside them.
+        left_apart: The `Flattening` of state that is averaged only at the end.
         vector: For each of them the variable, [P], of the vector that travelled last.
         tensor_ids: For each of them the numbers, [P], of the tensors of the weights.
     """
@@ -35,13 +36,13 @@ class Particles:
         self._devices = strategy.extended.worker_devices
         self.indices = range(first, first + len(self._devices))
         weights = model.trainable_variables
-        state = _private_api.updated_state(model)
+        state = tensorflow_internals.updated_state(model)
         slots = _slots(model.optimizer)
         doubles = any(v.dtype == "float64" for v in [*weights, *state, *slots])
         self.dtype = tf.float64 if doubles else tf.float32
 
         def pack(*variables):
-            return packing.Packing(strategy, variables, self.dtype)
+            return flattening.Flattening(strategy, variables, self.dtype)
 
         averaged, left_apart = (state, []) if average_non_trainable else ([], state)
         self.weights = pack(*weights)

@@ -7,7 +7,7 @@ _FAR = 100.0
 _PIECE = 1 << 18
 
 
-def are_sick(fitness, distances):
+def have_diverged(fitness, distances):
     """Returns which particles are out of order, [W]: not finite, or far from the rest.
 
     Far is a hundred times the distance that the others have moved, by the lower median,

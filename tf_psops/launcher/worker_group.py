@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import TextIO
 
-from tf_psops import worker_process
+from tf_psops.launcher import worker_process
 
 # Before a restart; the others may hang in a collective with the lost worker.
 _RESTART_GRACE_SECONDS = 2.0

@@ -17,7 +17,7 @@ from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
-from tf_psops import collectives, meeting
+from tf_psops.transport import barrier, collectives
 
 _EVERY, _STEPS, _EPOCHS = 3, 7, 3
 _ROWS = 2  # Of one particle in one step.
@@ -124,7 +124,7 @@ def _stop_in_many_ways():
     strategy = tf_psops.SwarmStrategy(timeout=60)
     second = strategy.worker_index == 1
     model, sync = _swarm(strategy)
-    results = {"early": _fit(model, _early_stopping(), sync), "requests": []}
+    results = {"early": _fit(model, _early_stop_vote(), sync), "requests": []}
     for stop, before, _ in _REQUESTS:
         request = _Steps(**stop if second else {})
         callbacks = [request, sync] if before else [sync, request]
@@ -138,7 +138,7 @@ def _stop_in_many_ways():
     return results
 
 
-def _early_stopping():
+def _early_stop_vote():
     # The loss does not grow, so the second epoch is the last.
     return keras.callbacks.EarlyStopping("loss", mode="max", patience=1)
 
@@ -165,7 +165,7 @@ class StopTogetherTest(tf.test.TestCase):
         with self.subTest("early stopping"):
             self._check(fits["early"], steps=14)
             model, sync = _swarm(tf_psops.SwarmStrategy.in_process(2))
-            alone = _fit(model, _early_stopping(), sync)
+            alone = _fit(model, _early_stop_vote(), sync)
             self.assertAllClose(fits["early"][0]["loss"], alone["loss"])
 
     def test_one_worker(self):
@@ -329,7 +329,7 @@ class MeetingTest(tf.test.TestCase, parameterized.TestCase):
             self.assertRaisesRegex(
                 RuntimeError, r"at a place, .* is gone \(closed\)\. Look at"
             ) as context,
-            meeting.meeting(self.strategy, "a place"),
+            barrier.meeting(self.strategy, "a place"),
         ):
             raise raised
         self.assertIs(context.exception.__cause__, raised)
@@ -344,7 +344,7 @@ class MeetingTest(tf.test.TestCase, parameterized.TestCase):
         with (
             mock.patch.object(collectives, "tell", side_effect=told),
             self.assertRaisesRegex(RuntimeError, f"failed or is gone .*{expected}"),
-            meeting.meeting(self.strategy, "a place"),
+            barrier.meeting(self.strategy, "a place"),
         ):
             text = "ConnectionError: Worker 1 has closed its connection."
             raise tf.errors.UnknownError(None, None, text)
@@ -353,7 +353,7 @@ class MeetingTest(tf.test.TestCase, parameterized.TestCase):
         for raised in (ValueError("no"), tf.errors.InternalError(None, None, "no")):
             with (
                 self.assertRaises(type(raised)) as context,
-                meeting.meeting(self.strategy, "a place"),
+                barrier.meeting(self.strategy, "a place"),
             ):
                 raise raised
             self.assertIs(context.exception, raised)

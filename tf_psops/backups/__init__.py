@@ -1,0 +1,1 @@
+"""Backups of a swarm, and how training resumes from them."""

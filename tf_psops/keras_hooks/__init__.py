@@ -1,0 +1,1 @@
+"""What keeps Keras in step with a swarm."""

@@ -1,0 +1,1 @@
+"""One synchronisation, from the loss tracker to the moved weights."""

@@ -1,0 +1,1 @@
+"""What joins the workers: connections, and collectives over them."""
