@@ -15,19 +15,10 @@ from unittest import mock
 
 from absl.testing import parameterized
 
-import tf_psops
 from tf_psops import launch
 
 TIMEOUT_SECONDS = 60
-# Runs the launcher without `tf_psops/__init__.py`, which imports TensorFlow.
-LAUNCHER = [
-    sys.executable,
-    "-c",
-    "import runpy, sys, types\n"
-    "package = sys.modules['tf_psops'] = types.ModuleType('tf_psops')\n"
-    f"package.__path__ = {list(tf_psops.__path__)!r}\n"
-    "runpy.run_module('tf_psops.launch', run_name='__main__', alter_sys=True)",
-]
+LAUNCHER = [sys.executable, "-m", "tf_psops.launch"]
 # Starts a child in its own process group, and notes both process ids in $PIDS.
 PARENT = """
 import os, subprocess, sys, time
