@@ -17,6 +17,7 @@ def _news(rule, vector, sync=0, scores=None):
         fitness=tf.zeros([4], tf.float64),
         particle=tf.constant(0),
         sync=tf.constant(sync),
+        learning_rate=tf.constant(0.1, tf.float64),
         scores=None if scores is None else tf.constant(scores, tf.float64),
     )
     return news._replace(factors=rule.factors(news, 2))
@@ -156,22 +157,6 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class PeersTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.parameters(0.0, 0.3, 0.9)
-    def test_slow_momentum_like_numpy(self, inertia):
-        rule = tf_psops.SlowMomentum(inertia)
-        g, v = np.array([1.0, -1.0, 2.0]), np.zeros(3)
-        state = rule.init(tf.constant(g))
-        for sync, mean in enumerate(np.random.default_rng(0).normal(size=[5, 3])):
-            v = inertia * v + (mean - g)
-            g = g + v
-            state, moved = rule.move(
-                state, tf.zeros([3], tf.float64), _news(rule, mean, sync), _TENSOR_IDS
-            )
-            self.assertAllClose(moved, g)
-            self.assertAllClose(rule.agreed(state, mean), g)
-            if not inertia:
-                self.assertAllClose(moved, mean)
-
     def test_elastic_average_like_numpy(self):
         rule = tf_psops.ElasticAverage(beta=0.8)
         rng = np.random.default_rng(0)
@@ -191,8 +176,6 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllClose(rule.agreed(state, mean), c)
 
     @parameterized.parameters(
-        (tf_psops.SlowMomentum, "inertia", 1.0),
-        (tf_psops.SlowMomentum, "inertia", "x"),
         (tf_psops.ElasticAverage, "beta", 0.0),
         (tf_psops.ElasticAverage, "beta", 1.1),
     )

@@ -77,7 +77,9 @@ class TrajectoryTest(tf.test.TestCase, parameterized.TestCase):
             best[better], best_fitness[better] = x[better], fitness[better]
             leader = best[best_fitness.argmin()].copy()
             for i in range(particles):
-                news = tf_psops.News(None, None, tf.constant(i), tf.constant(number))
+                news = tf_psops.News(
+                    None, None, tf.constant(i), tf.constant(number), None
+                )
                 r1, r2 = np.repeat(rule.factors(news, len(sizes)), sizes, axis=1)
                 velocity[i] = (
                     0.4 * velocity[i]

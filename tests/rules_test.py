@@ -36,6 +36,7 @@ def _news(vector, particle=0, sync=0):
         fitness=tf.zeros([3], tf.float64),
         particle=tf.constant(particle),
         sync=tf.constant(sync),
+        learning_rate=tf.constant(0.1),
     )
 
 

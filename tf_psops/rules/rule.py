@@ -43,6 +43,8 @@ class News(NamedTuple):
             synchronisation, infinite for a particle that is out of order.
         particle: Scalar int32, the index of this particle, 0 to W - 1.
         sync: Scalar int32, the number of this synchronisation, from 0.
+        learning_rate: Scalar, the mean learning rate of the swarm's local steps since
+            the last synchronisation.
         factors: What the rule's `factors` gave.
         scores: [1 + K], the mean loss over the swarm of `vector` as a position and of
             each trial position, infinite where a loss was not finite; `None` before
@@ -53,6 +55,7 @@ class News(NamedTuple):
     fitness: tf.Tensor
     particle: tf.Tensor
     sync: tf.Tensor
+    learning_rate: tf.Tensor
     factors: Any = None
     scores: tf.Tensor | None = None
 

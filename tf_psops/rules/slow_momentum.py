@@ -14,10 +14,12 @@ class SlowMomentumState(NamedTuple):
     Attributes:
         position: [P], where the last synchronisation led all particles.
         velocity: [P], how it moved them.
+        learning_rate: Scalar, that of the local steps before it.
     """
 
     position: tf.Tensor
     velocity: tf.Tensor
+    learning_rate: tf.Tensor
 
 
 class SlowMomentum(Rule):
@@ -25,10 +27,14 @@ class SlowMomentum(Rule):
 
     SlowMo (Wang, Tantia, Ballas & Rabbat, "SlowMo: Improving communication-efficient
     distributed SGD with slow momentum", arXiv 1910.00643, algorithm 1), with a slow
-    learning rate of 1:
+    learning rate of 1, and r_t for the learning rate before synchronisation t:
 
-        v <- w*v + (mean(x) - g)
+        v <- w*(r_t/r_(t-1))*v + (mean(x) - g)
         g <- g + v
+
+    The paper's slow momentum is v/r, a mean of gradients, which every synchronisation
+    multiplies by its own rate. The paper has one rate for all local steps between two
+    synchronisations; of a schedule that changes it at each, this takes the mean.
 
     Args:
         inertia: w, from 0 (parameter averaging) to below 1. Defaults to 0.5.
@@ -52,14 +58,19 @@ class SlowMomentum(Rule):
 
     def init(self, position):
         """Returns the state of a swarm at rest."""
-        return SlowMomentumState(tf.identity(position), tf.zeros_like(position))
+        return SlowMomentumState(
+            position=tf.identity(position),
+            velocity=tf.zeros_like(position),
+            learning_rate=tf.zeros([], position.dtype),
+        )
 
     def move(self, state, position, news, tensor_ids):
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
-        velocity = self.inertia * state.velocity + (news.vector - state.position)
+        ratio = tf.math.divide_no_nan(news.learning_rate, state.learning_rate)
+        velocity = self.inertia * ratio * state.velocity + news.vector - state.position
         moved = state.position + velocity
-        return SlowMomentumState(moved, velocity), moved
+        return SlowMomentumState(moved, velocity, news.learning_rate), moved
 
     def agreed(self, state, vector):
         """Returns where the last synchronisation led all particles."""

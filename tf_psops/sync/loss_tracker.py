@@ -4,7 +4,7 @@ import tensorflow as tf
 
 
 class LossTracker:
-    """Counts each particle's steps and adds up its training loss.
+    """Counts each particle's steps and adds up its training loss and learning rate.
 
     Keras' own loss tracker starts anew at every epoch and evaluation, and its value
     outside the replicas is that of the whole swarm; this one is each particle's own
@@ -27,9 +27,11 @@ class LossTracker:
         fixed = any(value.shape[:1] != (None,) for value in inputs)
         self._kept = slice(None if fixed else num_examples)
         self._tracker = model.metrics[0]
+        self._optimizer = model.optimizer
         with strategy.scope():
-            # One variable for steps, loss and weight: each costs time at every step.
-            self._sums = tf.Variable(tf.zeros([3], tf.float64), trainable=False)
+            # Steps, and since `close` steps, learning rates, loss and weight. One
+            # variable: each costs time at every step.
+            self._sums = tf.Variable(tf.zeros([5], tf.float64), trainable=False)
         self._local = strategy.experimental_local_results(self._sums)
         self._keras_sums = [
             strategy.experimental_local_results(variable.value)
@@ -42,12 +44,15 @@ class LossTracker:
         def noted(data):
             loss = tf.identity(self._tracker.total.value)
             weight = tf.identity(self._tracker.count.value)
+            # That of this step, which moves a schedule on.
+            rate = tf.cast(self._optimizer.learning_rate, tf.float64)
             if self._batches is not None:
                 self._keep(data)
             result = train_step(data)
             loss = self._tracker.total.value - loss
             weight = self._tracker.count.value - weight
-            self._sums.assign_add(tf.cast(tf.stack([1.0, loss, weight]), tf.float64))
+            row = [tf.cast(value, tf.float64) for value in (1, 1, rate, loss, weight)]
+            self._sums.assign_add(tf.stack(row))
             return result
 
         return noted
@@ -74,7 +79,7 @@ class LossTracker:
 
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
-        self._local[replica].assign(tf.zeros([3], tf.float64))
+        self._local[replica].assign(tf.zeros([5], tf.float64))
         self.close(replica)
 
     def sums(self, replica):
@@ -91,11 +96,15 @@ class LossTracker:
 
     def mean_loss(self, replica):
         """Returns a local replica's mean loss since `close`; NaN without a step."""
-        return self._local[replica][1] / self._local[replica][2]
+        return self._local[replica][3] / self._local[replica][4]
+
+    def learning_rate(self, replica):
+        """Returns a local replica's mean rate since `close`; 0 without a step."""
+        return tf.math.divide_no_nan(self._local[replica][2], self._local[replica][1])
 
     def close(self, replica):
         """Begins a local replica's next mean."""
-        self._local[replica][1:].assign(tf.zeros([2], tf.float64))
+        self._local[replica][1:].assign(tf.zeros([4], tf.float64))
         # A NaN would stay in Keras' own sum, and so in all that is told from it, to
         # the end of the epoch, though the particle may be in good health from here.
         total, count = (variables[replica] for variables in self._keras_sums)

@@ -52,9 +52,9 @@ class SyncGraph:
     def report(self, wish):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [5], has its fitness, score, steps, distance from the vector that
-        travelled last, and what its worker wishes. Then come positions, offers, the
-        rule's new states, and the state to be averaged.
+        A row, [6], has its fitness, score, steps, distance from the vector that
+        travelled last, learning rate, and what its worker wishes. Then come positions,
+        offers, the rule's new states, and the state to be averaged.
 
         Args:
             wish: Scalar float64.
@@ -76,6 +76,7 @@ class SyncGraph:
                 offer.score,
                 self._loss_tracker.steps(replica),
                 distance,
+                self._loss_tracker.learning_rate(replica),
                 wish,
             )
             row = tf.stack([tf.cast(value, tf.float64) for value in row])
@@ -86,11 +87,22 @@ class SyncGraph:
         return tuple(zip(*particles.each(report)))
 
     @tf.function(autograph=False)
-    def settle(self, fitness, positions, states, own, vectors, averaged, sync):
+    def settle(
+        self,
+        fitness,
+        learning_rate,
+        positions,
+        states,
+        own,
+        vectors,
+        averaged,
+        sync,
+    ):
         """Moves the local particles by what travelled.
 
         Args:
             fitness: [W], not finite for particles in bad health.
+            learning_rate: Scalar, that of the swarm; see `News`.
             positions: The local particles' positions, as `report` returned them.
             states: The states of their rule, likewise.
             own: Their state to be averaged, likewise.
@@ -136,6 +148,7 @@ class SyncGraph:
                 fitness=tf.cast(fitness, particles.dtype),
                 particle=first + replica,
                 sync=sync,
+                learning_rate=tf.cast(learning_rate, particles.dtype),
             )
             factors = self._rule.factors(
                 news, len(particles.weights.variables[replica])

@@ -174,7 +174,10 @@ class Synchronizer:
         travelled = self._reduction.travel(
             offers, own, healthy, tf.constant(0), tf.constant(True)
         )
-        self._graph.settle(healthy, positions, states, own, *travelled, tf.constant(0))
+        rate = tf.constant(0, tf.float64)
+        self._graph.settle(
+            healthy, rate, positions, states, own, *travelled, tf.constant(0)
+        )
         self._particles.take_back(self._particles.show_agreed())
         self._graph.close(take_mean)
         for variable, value in zip(variables, values):
@@ -253,7 +256,7 @@ class Synchronizer:
         Nothing here changes what training sees, which may go on meanwhile.
         """
         table = self._collectives.tell(rows, Call.REPORT)
-        fitness, scores, steps, distances, wishes = table.T
+        fitness, scores, steps, distances, rates, wishes = table.T
         self._check_steps(steps)
         if not np.isfinite(fitness).any():
             raise FloatingPointError(
@@ -277,7 +280,9 @@ class Synchronizer:
             num_bytes += (1 + self._rule.num_trials) * fitness.nbytes
         if self._rule.exchange == "mean" or news != self._sent:
             num_bytes += self._particles.weights.size * self._payload.size
-        return fitness, news, int(wishes.max()), num_bytes, travelled
+        # Particles that skipped a step, because of its loss scale, are behind in it.
+        rate = rates[np.isfinite(fitness)].mean()
+        return fitness, rate, news, int(wishes.max()), num_bytes, travelled
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -293,11 +298,15 @@ class Synchronizer:
             RuntimeError: If the particles are not at the same step.
         """
         (brought, moving), self._under_way = self._under_way, None
-        fitness, self._sent, self.wish, num_bytes, travelled = moving.result()
+        fitness, rate, self._sent, self.wish, num_bytes, travelled = moving.result()
         self.num_sick += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
         finite = self._graph.settle(
-            tf.constant(fitness), *brought, *travelled, tf.constant(self.num_syncs)
+            tf.constant(fitness),
+            tf.constant(rate),
+            *brought,
+            *travelled,
+            tf.constant(self.num_syncs),
         )
         self._check_finite(finite, "move")
         self.num_syncs += 1
@@ -325,7 +334,9 @@ class Synchronizer:
                 self._wait()
                 # Half a step more than at a synchronisation.
                 rows = [
-                    np.array([0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0])
+                    np.array(
+                        [0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0, 0]
+                    )
                     for replica in range(len(self.local_particles))
                 ]
                 self._check_steps(self._collectives.tell(rows, Call.REPORT)[:, 2])
