@@ -179,6 +179,14 @@ _ARGUMENTS = {
         lambda: tf_psops.SlowMomentum(inertia=1),
         ValueError, "`inertia`", "from 0 to below 1", "inertia=1",
     ),
+    "diloco_learning_rate": (
+        lambda: tf_psops.DiLoCo(learning_rate=0),
+        ValueError, "`learning_rate`", "above 0", "learning_rate=0",
+    ),
+    "diloco_momentum": (
+        lambda: tf_psops.DiLoCo(momentum=1),
+        ValueError, "`momentum`", "from 0 to below 1", "momentum=1",
+    ),
     "launch_text": (
         lambda: _launch("python train.py"),
         ValueError, "`command`", "'python train.py'", "each argument apart",

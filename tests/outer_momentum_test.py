@@ -57,6 +57,39 @@ class SlowMomentumTest(tf.test.TestCase, parameterized.TestCase):
             tf_psops.SlowMomentum(inertia=value)
 
 
+class DiLoCoTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(({},), ({"learning_rate": 0.3, "momentum": 0.5},))
+    def test_is_keras_nesterov_on_the_way(self, constants):
+        means = np.random.default_rng(0).normal(size=[5, 3])
+        x, expected = keras.Variable(np.zeros(3), dtype="float64"), []
+        rate, momentum = {"learning_rate": 0.7, "momentum": 0.9, **constants}.values()
+        outer = keras.optimizers.SGD(rate, momentum=momentum, nesterov=True)
+        for mean in means:
+            outer.apply([x.numpy() - mean], [x])
+            expected.append(x.numpy())
+        flown = _fly(tf_psops.DiLoCo(**constants), means, np.ones(5))
+        self.assertAllClose(flown, expected, rtol=1e-6)
+
+    def test_by_hand(self):
+        means = np.array([[1.0, 0.0, -2.0], [2.0, 0.0, 0.0]])
+        first, second = _fly(tf_psops.DiLoCo(0.5, 0.5), means, np.ones(2))
+        # The way is the mean; .5*(1 + .5)
+        self.assertAllClose(first, 0.75 * means[0])
+        way = means[1] - first
+        self.assertAllClose(second, first + 0.5 * (way + 0.5 * (0.5 * means[0] + way)))
+
+    @parameterized.parameters(
+        ("learning_rate", 0.0),
+        ("learning_rate", float("inf")),
+        ("learning_rate", "x"),
+        ("momentum", 1.0),
+        ("momentum", -0.1),
+    )
+    def test_refuses(self, name, value):
+        with self.assertRaisesRegex(ValueError, f"Received: {name}={value!r}"):
+            tf_psops.DiLoCo(**{name: value})
+
+
 class _State(NamedTuple):
     rates: tf.Tensor
 

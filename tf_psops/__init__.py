@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from tf_psops.pso_sync import PSOSync
     from tf_psops.rules import (
         CentroidSwarm,
+        DiLoCo,
         ElasticAverage,
         News,
         Offer,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CentroidSwarm": "rules",
+    "DiLoCo": "rules",
     "ElasticAverage": "rules",
     "News": "rules",
     "Offer": "rules",

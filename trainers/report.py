@@ -19,12 +19,13 @@ _STYLES = {
     "pso": ("#0072B2", "o"),
     "average": ("#D55E00", "s"),
     "slowmo": ("#009E73", "^"),
+    "diloco": ("#56B4E9", "p"),
     "easgd": ("#CC79A7", "D"),
     "pso_paper": ("#E69F00", "X"),
     "ssgd": ("#000000", "*"),
     "local": ("#999999", "P"),
 }
-_MARKERS = "v<>dph8Hx+1234"  # Of methods with arguments.
+_MARKERS = "v<>dh8Hx+1234"  # Of methods with arguments.
 
 
 def markdown(records):

@@ -7,5 +7,6 @@ RULES = {
     "average": tf_psops.ParameterAverage,
     "easgd": tf_psops.ElasticAverage,
     "slowmo": tf_psops.SlowMomentum,
+    "diloco": tf_psops.DiLoCo,
     "pso_paper": tf_psops.ParticleSwarm,
 }
