@@ -151,6 +151,53 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
         swarms.fit(model, swarms.data(2), before, sync, after)
         self._check(policy, before.seen[1], after.seen[1])
 
+    @parameterized.parameters("float16", "bfloat16")
+    def test_small_slots_do_not_travel_rounded(self, payload):
+        """Second moments of small gradients underflow in float16."""
+        model = swarms.swarm(optimizer=keras.optimizers.Adam, loss_weights=1e-5)
+
+        def look(model):
+            slots = [v for v in model.optimizer.variables if v.shape == (4, 3)]
+            return np.stack([swarms.local(model, slot) for slot in slots], axis=1)
+
+        sync = tf_psops.PSOSync(
+            2,
+            tf_psops.ParameterAverage(),
+            optimizer_slots="average",
+            payload_dtype=payload,
+        )
+        before, after = swarms.Probe(look), swarms.Probe(look)
+        swarms.fit(model, swarms.data(2), before, sync, after)
+        self.assertAllInRange(before.seen[1][:, 1], 0, 1e-10)
+        for copy in after.seen[1]:
+            self.assertAllClose(copy, before.seen[1].mean(0), rtol=1e-6, atol=0)
+
+    @parameterized.parameters(
+        lambda rate: keras.optimizers.RMSprop(rate, rho=0.5),
+        lambda rate: keras.optimizers.Adam(rate, beta_1=0.5, beta_2=0.5),
+    )
+    def test_second_moments_stay_positive_where_they_travel_meanwhile(self, optimizer):
+        """What a particle has forgotten since then may be more than the mean."""
+        model = swarms.swarm(optimizer=optimizer)
+        x, y = swarms.arrays(9)
+        x[: swarms.ROWS] *= 100
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2 * swarms.ROWS)
+
+        def look(model):
+            slots = [v for v in model.optimizer.variables if v.shape == (4, 3)]
+            return np.stack(swarms.local(model, slots[-1]))
+
+        probe = swarms.Probe(look)
+        sync = tf_psops.PSOSync(
+            4, tf_psops.ParameterAverage(), optimizer_slots="average", delay=3
+        )
+        swarms.fit(model, data, sync, probe)
+        self.assertGreater(probe.seen[3][0].max(), 100 * probe.seen[3][1].max())
+        for slots in probe.seen:
+            self.assertAllInRange(slots, 0.0, 1e9)
+        self.assertAllInRange(swarms.weights(model), -100, 100)
+        self.assertEqual(sync.num_sick, 0)
+
     def _check(self, policy, before, after):
         self.assertFalse(swarms.equal(before))
         if policy == "average":

@@ -59,12 +59,14 @@ class PSOSync(keras.callbacks.Callback):
             to each particle until training closes, which averages it. Integer state,
             such as random seeds, stays local. Defaults to "average".
         optimizer_slots: What happens to the optimizer's slots, such as momentum:
-            "local" leaves them to each particle, "average" averages them, at the
-            cost of as much traffic again for each slot. Defaults to "local".
+            "local" leaves them to each particle, "average" averages them ("Local
+            Adam"), at the cost of as much traffic again for each slot. Defaults to
+            "local".
         payload_dtype: The type in which the weights travel: "float32", or "float16"
             or "bfloat16" for half the traffic. What travels is the way from the last
-            synchronisation, rounded; what stays on a particle is not. Defaults to
-            `None`, the weights' own type.
+            synchronisation, rounded; what stays on a particle is not, nor are slots
+            and other state that is averaged: in float16 second moments would underflow.
+            Defaults to `None`, the weights' own type.
         delay: How many local steps to take while the weights travel, from 0 to below
             `sync_every`, with `steps_per_execution` above 1 a multiple of that. What a
             synchronisation makes of the weights at its start is applied `delay` steps

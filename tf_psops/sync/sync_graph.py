@@ -139,10 +139,15 @@ class SyncGraph:
 
         def learn(replica):
             if self._delayed:
+                now = particles.averaged.pack(replica)
                 gone = way(replica, particles.averaged, own[replica])
             particles.agree(replica, vectors[replica], averaged[replica])
             if self._delayed:
-                particles.averaged.unpack(replica, averaged[replica] + gone)
+                moved = averaged[replica] + gone
+                # A variance or a second moment may have forgotten more than the mean.
+                least = tf.minimum(averaged[replica], now)
+                moved = tf.where((moved < 0) & (least >= 0), least, moved)
+                particles.averaged.unpack(replica, moved)
             news = rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, particles.dtype),
