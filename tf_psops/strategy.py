@@ -182,6 +182,19 @@ class SwarmStrategy(tf.distribute.Strategy):
         """Returns this worker's place in the cluster; the chief has 0."""
         return self.extended.worker_index
 
+    @property
+    def num_replicas_in_sync(self):
+        """Returns the number of particles; inside `run`, of those that share gradients.
+
+        Inside a replica Keras divides the loss by it, to sum the gradients over as many
+        later. A particle trains alone: what is done to its loss and its gradients
+        before that sum, such as clipping, must not see a part of them.
+        """
+        context = tf.distribute.get_replica_context()
+        if context is not None and context.strategy is self:
+            return self.extended.replicas_per_particle
+        return super().num_replicas_in_sync
+
     def meeting(self, name):
         """Bounds the wait for the other workers; see `meeting.meeting`."""
         return barrier.meeting(self, name)

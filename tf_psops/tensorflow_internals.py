@@ -164,25 +164,16 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         """
         return False
 
+    @property
+    def replicas_per_particle(self):
+        """Returns how many replicas share gradients, and so train as one particle."""
+        return self._num_replicas_in_sync if self._share_gradients else 1
+
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
-        """Returns what the all-reduce of equal replicas would: no collective runs.
-
-        Keras divides each replica's loss by the number of replicas and sums the
-        gradients over them; a replica of its own takes its own gradient that
-        many times.
-        """
-        if self._share_gradients:
-            return super()._replica_ctx_all_reduce(reduce_op, value, options)
-        if reduce_op == tf.distribute.ReduceOp.SUM and self._num_replicas_in_sync > 1:
-            return tf.nest.map_structure(self._times_num_replicas, value)
-        return value
-
-    def _times_num_replicas(self, value):
-        if isinstance(value, tf.IndexedSlices):
-            return tf.IndexedSlices(
-                self._times_num_replicas(value.values), value.indices, value.dense_shape
-            )
-        return value * tf.cast(self._num_replicas_in_sync, value.dtype)
+        """Reduces over the replicas of one particle: over one, no collective runs."""
+        if self.replicas_per_particle == 1:
+            return value
+        return super()._replica_ctx_all_reduce(reduce_op, value, options)
 
     # Initial values: the chief's, but a random stream of its own for every replica.
 
@@ -310,15 +301,13 @@ def test_loss(model, data):
     """
     x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
     arguments = {"training": False} if model._call_has_training_arg else {}
-    loss = model.compute_loss(
+    return model.compute_loss(
         x=x,
         y=y,
         y_pred=model(x, **arguments),
         sample_weight=sample_weight,
         training=False,
     )
-    # Keras divides a replica's loss by their number.
-    return loss * tf.cast(tf.distribute.get_strategy().num_replicas_in_sync, loss.dtype)
 
 
 def begin_at_epoch(model, epoch):

@@ -1,0 +1,278 @@
+"""Tests that a particle trains exactly as plain Keras does on the same rows."""
+
+import contextlib
+import os
+
+import clusters
+import keras
+import numpy as np
+import swarms
+import tensorflow as tf
+from absl.testing import parameterized
+from keras import layers, losses, optimizers
+
+import tf_psops
+
+_PARTICLES = 2
+_STEPS = 6
+_EVERY = 3  # Validation comes right after a synchronisation.
+
+
+def _rows():
+    """Returns the rows of one particle, the same for all."""
+    random = np.random.default_rng(0)
+    x = random.normal(size=(_STEPS * swarms.ROWS, 4)).astype("float32")
+    return x, (x.argmax(-1) % 3).astype("int32"), abs(x[:, 0])
+
+
+def _for_each_particle(array, particles):
+    """Returns an array in whose global batches all particles get the same rows."""
+    batches = array.reshape(_STEPS, 1, swarms.ROWS, *array.shape[1:])
+    return np.concatenate([batches] * particles, 1).reshape(-1, *array.shape[1:])
+
+
+def _classifier():
+    return keras.Sequential([keras.Input([4]), layers.Dense(5), layers.Dense(3)])
+
+
+def _embedding():
+    """Returns a classifier with a sparse gradient, some of its indices repeated."""
+    return keras.Sequential(
+        [
+            keras.Input([4]),
+            layers.Lambda(lambda x: tf.cast(tf.abs(x * 2), "int32") % 5),
+            layers.Embedding(5, 4),
+            layers.Flatten(),
+            layers.Dense(3),
+        ]
+    )
+
+
+def _regularised():
+    model = keras.Sequential(
+        [
+            keras.Input([4]),
+            layers.Dense(5, kernel_regularizer="l2", kernel_constraint="max_norm"),
+            layers.ActivityRegularization(l1=0.01),
+            layers.BatchNormalization(synchronized=True),
+            layers.Dense(3, bias_regularizer="l1"),
+        ]
+    )
+    return model
+
+
+class AddsLoss(keras.Model):
+    def __init__(self):
+        super().__init__()
+        self.hidden = layers.Dense(5)
+        self.out = layers.Dense(3)
+
+    def build(self, shape):
+        self.hidden.build(shape)
+        self.out.build((None, 5))
+
+    def call(self, x):
+        hidden = self.hidden(x)
+        self.add_loss(0.1 * keras.ops.sum(hidden**2))
+        return self.out(hidden)
+
+
+class Own(AddsLoss):
+    """Has a `train_step` with a loss of its own, which it reports."""
+
+    reduce = staticmethod(keras.ops.mean)
+
+    def train_step(self, data):
+        x, y = data[:2]
+        with tf.GradientTape() as tape:
+            predicted = self(x, training=True)
+            loss = self.reduce(
+                losses.sparse_categorical_crossentropy(y, predicted, from_logits=True)
+            )
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"loss": loss}
+
+
+class OwnSum(Own):
+    reduce = staticmethod(keras.ops.sum)
+
+
+class OwnPerExample(Own):
+    reduce = staticmethod(lambda loss: loss)
+
+    def train_step(self, data):
+        return {"loss": keras.ops.mean(super().train_step(data)["loss"])}
+
+
+class OwnComputesLoss(Own):
+    """Has the `train_step` of Keras' guide."""
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            predicted = self(x, training=True)
+            loss = self.compute_loss(x=x, y=y, y_pred=predicted)
+            scaled = self.optimizer.scale_loss(loss)
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(scaled, weights), weights)
+        for metric in self.metrics:
+            if metric.name == "loss":
+                metric.update_state(loss)
+            else:
+                metric.update_state(y, predicted)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+class OwnLoss(losses.Loss):
+    def call(self, y, predicted):
+        one_hot = tf.one_hot(tf.reshape(tf.cast(y, tf.int32), [-1]), 3)
+        return keras.ops.sum((one_hot - predicted) ** 2, axis=-1)
+
+
+def _own_function(y, predicted):
+    return OwnLoss(reduction=None)(y, predicted)
+
+
+def _optimizer(name="SGD", rate=0.05, **kwargs):
+    return lambda: getattr(optimizers, name)(rate, **kwargs)
+
+
+def _loss(**kwargs):
+    return lambda: losses.SparseCategoricalCrossentropy(from_logits=True, **kwargs)
+
+
+def _scaled(**kwargs):
+    # From a scale that overflows, so that the first steps are skipped.
+    return lambda: optimizers.LossScaleOptimizer(
+        optimizers.Adam(0.05), initial_scale=2.0**127, dynamic_growth_steps=2, **kwargs
+    )
+
+
+_CASES = {
+    "plain": {},
+    "momentum": {"optimizer": _optimizer(momentum=0.9, nesterov=True)},
+    "clipnorm": {"optimizer": _optimizer(clipnorm=0.05)},
+    "global_clipnorm": {"optimizer": _optimizer(global_clipnorm=0.05)},
+    "clipvalue": {"optimizer": _optimizer(clipvalue=0.01)},
+    "clipnorm_embedding": {
+        "model": _embedding,
+        "optimizer": _optimizer(global_clipnorm=0.05),
+    },
+    "clipvalue_adam": {"optimizer": _optimizer("Adam", clipvalue=0.01)},
+    "accumulation": {
+        "optimizer": _optimizer(gradient_accumulation_steps=3, clipnorm=0.05)
+    },
+    "ema": {"optimizer": _optimizer(use_ema=True, ema_momentum=0.5)},
+    "ema_overwrite": {"optimizer": _optimizer(use_ema=True, ema_overwrite_frequency=2)},
+    "weight_decay": {"optimizer": _optimizer("AdamW", weight_decay=0.1)},
+    "loss_scale_factor": {"optimizer": _optimizer(loss_scale_factor=7.0)},
+    "loss_scale_optimizer": {"optimizer": _scaled()},
+    "mixed_float16": {"policy": "mixed_float16"},
+    "mixed_bfloat16": {"policy": "mixed_bfloat16"},
+    "regularisers": {"model": _regularised},
+    "add_loss": {"model": AddsLoss},
+    "add_loss_alone": {"model": AddsLoss, "loss": lambda: None},
+    "sum": {"loss": _loss(reduction="sum")},
+    "mean": {"loss": _loss(reduction="mean")},
+    "none": {"loss": _loss(reduction="none")},
+    "mean_with_sample_weight": {
+        "loss": _loss(reduction="mean_with_sample_weight"),
+        "weighted": True,
+    },
+    "sample_weight": {"weighted": True},
+    "sample_weight_sum": {"loss": _loss(reduction="sum"), "weighted": True},
+    "class_weight": {"fit": {"class_weight": {0: 1.0, 1: 2.0, 2: 3.0}}},
+    "loss_weights": {"compile": {"loss_weights": 0.3}},
+    "own_loss": {"loss": OwnLoss},
+    "own_loss_function": {"loss": lambda: _own_function},
+    "own_train_step_computes_loss": {"model": OwnComputesLoss},
+    "own_train_step_scaled": {"model": OwnComputesLoss, "optimizer": _scaled()},
+    "steps_per_execution": {"compile": {"steps_per_execution": 3}},
+    "eager": {"compile": {"run_eagerly": True}, "optimizer": _optimizer(clipnorm=0.05)},
+}
+
+
+def _fit(strategy, case):
+    """Trains with the case's model; returns what shall be equal to plain Keras."""
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = case.get("model", _classifier)()
+        if not model.built:
+            model.build((None, 4))
+        model.compile(
+            optimizer=case.get("optimizer", _optimizer())(),
+            loss=case.get("loss", _loss())(),
+            metrics=case.get("metrics", ["accuracy"]),
+            **case.get("compile", {}),
+        )
+    particles = strategy.num_replicas_in_sync if strategy else 1
+    x, y, sample_weight = (_for_each_particle(a, particles) for a in _rows())
+    weighted = {"sample_weight": sample_weight} if case.get("weighted") else {}
+    sync = tf_psops.PSOSync(_EVERY, tf_psops.ParameterAverage())
+    history = model.fit(
+        x,
+        y,
+        batch_size=particles * swarms.ROWS,
+        epochs=2,
+        shuffle=False,
+        validation_data=(x, y, *weighted.values()),
+        callbacks=[sync] if strategy else [],
+        verbose=0,
+        **weighted,
+        **case.get("fit", {}),
+    ).history
+    evaluation = model.evaluate(
+        x, y, batch_size=particles * swarms.ROWS, verbose=0, **weighted
+    )
+    if strategy:
+        weights = swarms.weights(model)
+    else:
+        weights = [np.concatenate([w.numpy().ravel() for w in model.trainable_weights])]
+    return weights, history, evaluation
+
+
+class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.named_parameters(_CASES.items())
+    def test_every_particle_is_as_plain_keras(self, case):
+        policy = keras.mixed_precision.dtype_policy()
+        keras.mixed_precision.set_dtype_policy(case.get("policy", "float32"))
+        self.addCleanup(keras.mixed_precision.set_dtype_policy, policy)
+        ((expected,), history, evaluation) = _fit(None, case)
+        result = _fit(tf_psops.SwarmStrategy.in_process(_PARTICLES), case)
+        for weights in result[0]:
+            self.assertEqual(float(abs(weights - expected).max()), 0.0)
+        self.assertAllClose(result[1], history, rtol=1e-6)
+        self.assertAllClose(result[2], evaluation, rtol=1e-6)
+
+
+def _fit_on_worker(names):
+    """Trains with some cases on this worker of a cluster, or in plain Keras."""
+    strategy = tf_psops.SwarmStrategy() if "TF_CONFIG" in os.environ else None
+    return {name: _fit(strategy, _CASES[name]) for name in names}
+
+
+class TwoWorkersTest(tf.test.TestCase):
+    def test_every_particle_is_as_plain_keras(self):
+        names = (
+            "global_clipnorm",
+            "accumulation",
+            "ema",
+            "loss_scale_optimizer",
+            "regularisers",
+            "add_loss",
+            "sample_weight_sum",
+            "own_train_step_computes_loss",
+        )
+        expected = _fit_on_worker(names)
+        for worker in clusters.run(_fit_on_worker, 2, names, timeout=240):
+            for name, ((weights,), history, evaluation) in expected.items():
+                result = worker[name]
+                self.assertLen(result[0], 1)
+                self.assertEqual(float(abs(result[0] - weights).max()), 0.0, name)
+                self.assertAllClose(result[1], history, rtol=1e-6, msg=name)
+                self.assertAllClose(result[2], evaluation, rtol=1e-6, msg=name)
+
+
+if __name__ == "__main__":
+    tf.test.main()
