@@ -1,6 +1,7 @@
 """Tests of what `tf_psops.launch` starts and prints, and of its arguments."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -103,6 +104,90 @@ class EnvironmentTest(launching.LaunchTestCase):
                 },
             )
 
+    def test_addresses_are_kept_for_the_workers(self):
+        program = """
+import json, os, socket
+config = json.loads(os.environ["TF_CONFIG"])
+host, port = config["cluster"]["worker"][config["task"]["index"]].split(":")
+try:
+    socket.socket().bind((host, int(port)))
+except OSError as error:
+    print(error.strerror)
+for _ in range(2):
+    with socket.create_server((host, int(port))):
+        print("listening")
+"""
+        _, lines = self.launch(launching.python(program), num_workers=1)
+        lines = [line.removeprefix("[worker 0] ") for line in lines]
+        self.assertEqual(lines, ["Address already in use", "listening", "listening"])
+
+    def secrets(self, **environ):
+        """Returns each worker's variables for the secret, and what the file says."""
+        program = """
+import os
+path = os.environ.get("TF_PSOPS_SECRET_FILE", "")
+mode = oct(os.stat(path).st_mode) if path else ""
+text = open(path).read() if path else ""
+print(os.environ.get("TF_PSOPS_SECRET", ""), path, mode, text, sep="|")
+"""
+        with mock.patch.dict(os.environ, environ):
+            _, lines = self.launch(launching.python(program))
+        return [line.split("] ")[1].split("|") for line in lines]
+
+    def test_secret(self):
+        first, second = self.secrets()
+        self.assertEqual(first, second)
+        variable, path, mode, text = first
+        self.assertEqual((variable, mode), ("", "0o100600"))
+        self.assertRegex(text, r"^[0-9a-f]{64}$")
+        launching.wait_until(lambda: not os.path.exists(os.path.dirname(path)))
+        self.assertNotEqual(self.secrets()[0][3], text)
+
+    def test_secret_of_the_users_own(self):
+        path = self.pids_dir / "mine"
+        path.write_text("mine")
+        path.chmod(0o400)
+        self.assertEqual(
+            self.secrets(TF_PSOPS_SECRET_FILE=str(path)),
+            [["", str(path), "0o100400", "mine"]] * 2,
+        )
+        self.assertEqual(
+            self.secrets(TF_PSOPS_SECRET="mine"), [["mine", "", "", ""]] * 2
+        )
+
+    @parameterized.parameters(
+        (None, "2", "EF"), ("0", "0", "hIWEF"), ("1", "1", "WEF"), ("x", "x", "hIWEF")
+    )
+    def test_tensorflow_shows_errors_only(self, value, level, shown):
+        program = """
+import os
+print("WARNING: All log messages before absl::InitializeLog() is called are written to "
+      "STDERR")
+for severity in "IWEF":
+    print(f"{severity}0000 00:00:1795641348.907144    4386 port.cc:153] Text.")
+print("I1125 21:15:01.123456 140 file.py:12] The user's own.")
+print(os.environ["TF_CPP_MIN_LOG_LEVEL"])
+"""
+        with mock.patch.dict(os.environ):
+            os.environ.pop("TF_CPP_MIN_LOG_LEVEL", None)
+            if value:
+                os.environ["TF_CPP_MIN_LOG_LEVEL"] = value
+            _, lines = self.launch(launching.python(program), num_workers=1)
+        *lines, own, last = [line.removeprefix("[worker 0] ") for line in lines]
+        first = ["h" if "absl::InitializeLog" in line else line[0] for line in lines]
+        self.assertEqual("".join(first), shown)
+        self.assertEndsWith(own, "own.")
+        self.assertEqual(last, level)
+
+    @parameterized.parameters((2, "2"), (3, "None"), (None, "None"))
+    def test_min_workers(self, min_workers, expected):
+        program = "import os; print(os.environ.get('TF_PSOPS_MIN_WORKERS'))"
+        _, lines = self.launch(
+            launching.python(program), num_workers=3, min_workers=min_workers
+        )
+        texts = [line.split("] ")[1] for line in lines]
+        self.assertEqual(texts, [expected] * 3)
+
     def test_unbuffered(self):
         program = "import os; print('seen'); os._exit(0)"
         _, lines = self.launch(launching.python(program), num_workers=1)
@@ -133,12 +218,14 @@ class ArgumentsTest(launching.LaunchTestCase):
         with self.assertRaisesRegex(ValueError, rf"`{name}` .* Received: -1\."):
             launch.launch(["true"], 1, **{name: -1})
 
-    @parameterized.parameters(0, 3)
-    def test_bad_min_workers(self, min_workers):
+    @parameterized.parameters((0, 2), (3, 2), (1, 3), (2, 5), (1.5, 2))
+    def test_bad_min_workers(self, min_workers, num_workers):
         with self.assertRaisesRegex(
-            ValueError, rf"`min_workers` .*num_workers=2. Received: {min_workers}\."
+            ValueError,
+            rf"`min_workers` .* half of num_workers={num_workers}, .* Received: "
+            rf"{min_workers}\.",
         ):
-            launch.launch(["true"], 2, min_workers=min_workers)
+            launch.launch(["true"], num_workers, min_workers=min_workers)
 
     def test_no_command(self):
         with self.assertRaisesRegex(app.UsageError, "-- python -m trainers.train"):
@@ -166,7 +253,13 @@ class ArgumentsTest(launching.LaunchTestCase):
     @parameterized.named_parameters(
         ("usage", [], 1, "Expected a command after"),
         ("num_workers", ["--num_workers=0", "--", "true"], 1, "num_workers=0"),
-        ("min_workers", ["--min_workers=3", "--", "true"], 1, "min_workers=3"),
+        ("more", ["--min_workers=3", "--", "true"], 1, "min_workers=3"),
+        (
+            "less_than_half",
+            ["--num_workers=5", "--min_workers=2", "--", "true"],
+            1,
+            "at least half of --num_workers",
+        ),
     )
     def test_command_line_error(self, arguments, code, message):
         result = self.run_launcher(*arguments)

@@ -29,21 +29,21 @@ model = keras.models.load_model(sys.argv[1])
 numpy.save(sys.argv[2], model.predict(numpy.load(sys.argv[3]), verbose=0))
 """
 
-# Worker 1 of three is gone for good once the swarm has a backup.
+# Worker 1 is gone for good once the chief has noted two epochs.
 _TRAIN_UNTIL_GONE = """
-import glob, json, os, runpy, sys, threading, time
-config = json.loads(os.environ["TF_CONFIG"])
-backups, gone = sys.argv[1] + "/fit-0/sync-20-*", sys.argv[1] + "/gone"
+import json, os, runpy, sys, threading, time
+folder = sys.argv.pop(1)
 def go():
-    while len(glob.glob(backups)) < 3:
+    while not os.path.exists(folder + "/metrics.jsonl") or len(
+        open(folder + "/metrics.jsonl").readlines()
+    ) < 2:
         time.sleep(0.01)
-    open(gone, "w").close()
+    open(folder + "/gone", "w").close()
     os._exit(1)
-if len(config["cluster"]["worker"]) == 3 and config["task"]["index"] == 1:
-    if os.path.exists(gone):
+if json.loads(os.environ["TF_CONFIG"])["task"]["index"] == 1:
+    if os.path.exists(folder + "/gone"):
         sys.exit(1)
     threading.Thread(target=go, daemon=True).start()
-sys.argv[1:2] = []
 runpy.run_module("trainers.train", run_name="__main__", alter_sys=True)
 """
 
@@ -154,37 +154,31 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(launch.launch(arguments, num_workers=2, output=output), 1)
         self.assertRegex(output.getvalue(), "Received: particles=3")
 
+    @pytest.mark.skip(reason="SwarmStrategy does not read TF_PSOPS_MIN_WORKERS yet.")
     def test_goes_on_without_a_worker_that_never_comes_back(self):
-        output, backups = (pathlib.Path(self.get_temp_dir(), n) for n in ("o", "b"))
-        backups.mkdir()
+        output = pathlib.Path(self.get_temp_dir(), "o")
         text = io.StringIO()
         code = launch.launch(
             [
-                *(sys.executable, "-c", _TRAIN_UNTIL_GONE, str(backups)),
+                *(sys.executable, "-c", _TRAIN_UNTIL_GONE, str(output)),
                 *("--model=mlp", "--epochs=9", "--sync_every=2", "--verbosity=0"),
-                *(f"--output_dir={output}", f"--backup_dir={backups}", "--elastic"),
+                f"--output_dir={output}",
             ],
             num_workers=3,
             output=text,
-            max_restarts=5,
+            max_restarts=2,
             min_workers=2,
         )
         text = text.getvalue()
         self.assertEqual(code, 0, text)
+        self.assertIn("[launch] worker 1 stays away: no restart is left\n", text)
         self.assertIn("[launch] restarts: 2, workers at the end: 2\n", text)
-        (place,) = set(re.findall(r"Resuming at epoch (\d+), .* step (\d+)", text))
-        epoch, step = map(int, place)
-        self.assertGreaterEqual(step, 40)
         result = json.loads((output / "result.json").read_text())
-        before, after = (1437 // (32 * workers) for workers in (3, 2))
-        self.assertEqual(epoch, step // before)
-        share = step % before / before
-        steps = step + (9 - epoch) * after - math.ceil(share * after)
-        self.assertEqual(result["steps"], steps)
-        self.assertEqual(result["num_syncs"], math.ceil(steps / 2))
+        self.assertEqual(result["steps"], 9 * (1437 // (32 * 3)))
+        self.assertEqual(result["num_syncs"], result["steps"] // 2)
         self.assertEqual(result["num_particles"], 2)
         self.assertLen(result["particle_test_losses"], 2)
-        self._check_workers(text, accuracy=0.85)
+        self._check_workers(text, "02", accuracy=0.85)
         lines = (output / "metrics.jsonl").read_text().splitlines()
         self.assertEqual([json.loads(line)["epoch"] for line in lines], [*range(9)])
 
@@ -196,12 +190,12 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         command += ["--dataset=mnist", "--model=lenet", "--epochs=1"]
         output = io.StringIO()
         self.assertEqual(launch.launch(command, num_workers=2, output=output), 0)
-        self._check_workers(output.getvalue(), accuracy=0.95)
+        self._check_workers(output.getvalue(), "01", accuracy=0.95)
 
-    def _check_workers(self, text, accuracy):
+    def _check_workers(self, text, workers, accuracy):
         rows = dict(re.findall(r"\[worker (\d)\] swarm +(\S+ +\S+)", text))
-        self.assertCountEqual(rows, "01", text)
-        self.assertEqual(rows["0"], rows["1"])
+        self.assertCountEqual(rows, workers, text)
+        self.assertLen(set(rows.values()), 1)
         self.assertGreater(float(rows["0"].split()[1]), accuracy)
 
 

@@ -5,9 +5,11 @@ python -m tf_psops.launch --num_workers=4 -- \
     python -m trainers.train --dataset=digits
 ```
 
-All workers run on this machine and find each other on free loopback ports. Their
-output is shown line by line, with the worker's index in front. If one worker is lost,
-the others are ended, because a swarm cannot synchronise without it.
+All workers run on this machine and find each other on free loopback ports. They share
+a secret that the launcher makes, unless `TF_PSOPS_SECRET` or `TF_PSOPS_SECRET_FILE` is
+set. Their output is shown line by line, with the worker's index in front, of
+TensorFlow's own only the errors, unless `TF_CPP_MIN_LOG_LEVEL` is set. If one worker is
+lost, the others are ended, because a swarm cannot synchronise without it.
 
 A worker is lost if it fails, or is ended by a signal; with `--stall_timeout` also if it
 makes no progress for so many seconds. Progress is output, or a call of
@@ -18,19 +20,30 @@ With `--max_restarts`, all workers are then started again, on new ports, so that
 command that keeps backups goes on from the last one:
 
 ```bash
-python -m tf_psops.launch --num_workers=4 --max_restarts=10 --min_workers=2 \
-    --stall_timeout=600 -- python -m trainers.train --backup_dir=backups --elastic
+python -m tf_psops.launch --num_workers=4 --max_restarts=10 --stall_timeout=600 -- \
+    python -m trainers.train --backup_dir=backups
 ```
 
-`--min_workers` lets the run go on with fewer workers if one does not come back: if the
-same worker is lost in two attempts in a row, in the second before its first beat. The
-next attempt then has one worker less, all with new indices. Output is no sign of a
-comeback, for a failing program prints why; so every loss of a command that never beats
-counts as one before the first beat.
+With `--min_workers` the others train on meanwhile, as many as that at least, and only
+the lost worker is started again, at once and at the same address, to join them:
+
+```bash
+python -m tf_psops.launch --num_workers=4 --min_workers=3 --max_restarts=10 \
+    --stall_timeout=600 -- python -m trainers.train
+```
+
+The workers find the number in `TF_PSOPS_MIN_WORKERS`, which `SwarmStrategy` takes for
+its `min_workers`. A worker that is lost before its first beat waits longer from time to
+time before it is started again, up to 4 seconds, and stays away after five such losses
+in a row, as one does when no restart is left: the others go on without it. When fewer
+are left than `--min_workers`, the run has failed. A worker that has exited with 0 has
+finished. Of workers that make no progress, the one that stopped first is lost; the
+others may have waited for it, and get the same time again. The time has to be longer
+than a worker needs from its start through its first step, with a whole interval between
+two synchronisations, for which it waits to join.
 
 A command that cannot be started is not tried again, and a signal to the launcher ends
-the run. At the end the launcher tells how often it restarted, why, and with how many
-workers it ended.
+the run. At the end the launcher tells how often it restarted, and why.
 
 Each worker leads a process group, which is ended as a whole: first with a signal,
 then, after a grace, with SIGKILL. Should the launcher itself be killed, a small guard
@@ -51,7 +64,7 @@ from typing import TextIO
 from absl import app, flags
 
 from tf_psops import _checks
-from tf_psops.launcher import worker_group
+from tf_psops.launcher import environment, restarts, worker_group
 
 _NUM_WORKERS = flags.DEFINE_integer(
     "num_workers", 2, "Number of workers to run.", lower_bound=1
@@ -71,20 +84,27 @@ _STALL_TIMEOUT = flags.DEFINE_float(
 _MAX_RESTARTS = flags.DEFINE_integer(
     "max_restarts",
     0,
-    "How many times to start all workers again after one was lost.",
+    "How many times to start workers again after one was lost: all of them, or with "
+    "--min_workers the lost one.",
     lower_bound=0,
 )
 _MIN_WORKERS = flags.DEFINE_integer(
     "min_workers",
     None,
-    "Number of workers to go on with at least, if others do not come back after a "
-    "restart. By default all have to.",
+    "Number of workers to go on with at least when others are lost. By default all "
+    "have to be there.",
     lower_bound=1,
 )
 flags.register_multi_flags_validator(
     ["num_workers", "min_workers"],
-    lambda values: (values["min_workers"] or 1) <= values["num_workers"],
-    message="Expected --min_workers to be at most --num_workers. Lower it.",
+    lambda values: (
+        values["min_workers"] is None
+        or values["num_workers"]
+        <= 2 * values["min_workers"]
+        <= 2 * values["num_workers"]
+    ),
+    message="Expected --min_workers to be at least half of --num_workers, so that a "
+    "split never leaves two swarms, and at most all of them.",
 )
 
 _EXAMPLE = (
@@ -123,17 +143,17 @@ def launch(
       stall_timeout: Time in seconds without progress (output, or a
         `tf_psops.heartbeat.beat`) after which a worker is lost. Defaults to 0: no
         limit.
-      max_restarts: How many times to start all workers again after one was lost, with
-        new ports. Before a restart the grace is at most 2 seconds. Defaults to 0.
-      min_workers: Number of workers to go on with at least, if others do not come
-        back: after two attempts in a row that lost the same worker, the second before
-        its first beat, the next has one worker less. Defaults to `num_workers`.
+      max_restarts: How many times to start workers again after one was lost: with
+        `min_workers` that one, else all of them, with new ports, after a grace of at
+        most 2 seconds. Defaults to 0.
+      min_workers: Number of workers to go on with at least when others are lost, at
+        least half of them. Defaults to `num_workers`: all have to be there.
 
     Returns:
-      0 if all workers exited with 0; else the exit code of the first that did not, 124
-      if it made no progress; 127 if the command cannot be started. Where a signal ended
-      that worker, or was handed on to all workers, 128 plus the signal's number. Of
-      several attempts the last one counts.
+      0 if all workers exited with 0, or with `min_workers` so many of them; else the
+      exit code of the worker whose loss ended the run, 124 if it made no progress; 127
+      if the command cannot be started. Where a signal ended that worker, or was handed
+      on to all workers, 128 plus the signal's number.
 
     Raises:
       ValueError: If `command` is empty or one string, or a number is out of its range.
@@ -157,8 +177,9 @@ def launch(
     _check(whole, 0, "at least 0 (no restart)", max_restarts=max_restarts)
     _check(
         whole,
-        1,
-        f"from 1 to num_workers={num_workers}",
+        (num_workers + 1) // 2,
+        f"at least half of num_workers={num_workers}, so that a split never leaves two "
+        "swarms, and at most all",
         num_workers,
         min_workers=min_workers,
     )
@@ -167,32 +188,36 @@ def launch(
         raise ValueError(
             f"`output` must be a text stream. Received: {output!r}. Pass an open file."
         )
-    reasons: list[str] = []
-    lost_index = None
-    heartbeats = tempfile.mkdtemp(prefix="tf_psops-")
+    if min_workers == num_workers:
+        min_workers = None
+    limits = worker_group.Limits(grace_seconds, stall_timeout or math.inf, min_workers)
+    run_restarts = restarts.Restarts(max_restarts)
+    folder = tempfile.mkdtemp(prefix="tf_psops-")
     with (
         _record_signals() as signums,
-        worker_group.start_guard(heartbeats) as guard,
+        worker_group.start_guard(folder) as guard,
         selectors.DefaultSelector() as selector,
     ):
+        environ = environment.for_workers(os.environ, folder, min_workers)
         while True:
             group = worker_group.WorkerGroup(
-                grace_seconds, stall_timeout or math.inf, output, guard, selector
-            )
-            group.start(command, num_workers, f"{heartbeats}/{len(reasons)}")
-            exit_code = group.wait(signums, len(reasons) < max_restarts)
-            if not group.lost:
-                break
-            reasons.append(group.reason)
-            if group.lost.index == lost_index and not group.lost.has_beaten:
-                num_workers = max(min_workers, num_workers - 1)
-            lost_index = group.lost.index
-            _log(
+                command,
+                environ,
+                f"{folder}/beat-{len(run_restarts.reasons)}",
+                limits,
+                run_restarts,
                 output,
-                f"restart {len(reasons)} of {max_restarts}, workers: {num_workers}",
+                guard,
+                selector,
             )
+            exit_code = group.run(num_workers, signums)
+            if not group.asks_for_restart:
+                break
+            _log(output, f"{run_restarts.add(group.reason)}: all workers")
+    reasons = run_restarts.reasons
     if reasons:
-        _log(output, f"restarts: {len(reasons)}, workers at the end: {num_workers}")
+        ending = f", workers at the end: {group.num_finished}" if min_workers else ""
+        _log(output, f"restarts: {len(reasons)}{ending}")
         for number, reason in enumerate(reasons, 1):
             _log(output, f"restart {number}: {reason}")
     return exit_code

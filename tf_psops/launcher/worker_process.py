@@ -8,7 +8,9 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+
+from tf_psops.launcher import startup_log
 
 _STALLED_EXIT_CODE = 124  # As of timeout(1).
 # More than a pipe holds, so that one read empties it.
@@ -21,6 +23,8 @@ class WorkerProcess:
     Attributes:
       index: The worker's task index.
       has_beaten: Whether `find_loss` has seen a heartbeat.
+      is_lost: Whether the worker was given up; `find_loss` then finds nothing more.
+      silent_seconds: Time since the last progress.
       process: The leader of the process group.
     """
 
@@ -28,18 +32,19 @@ class WorkerProcess:
         self,
         index: int,
         command: Sequence[str],
-        tf_config: str,
+        environ: Mapping[str, str],
         heartbeat: str,
         grace_seconds: float,
         write: Callable[[str], None],
     ):
         self.index = index
         self.has_beaten = False
+        self.is_lost = False
+        self.silent_seconds = 0.0
         self.process = subprocess.Popen(
             command,
             env={
-                **os.environ,
-                "TF_CONFIG": tf_config,
+                **environ,
                 "TF_PSOPS_HEARTBEAT": heartbeat,
                 "PYTHONUNBUFFERED": "1",
             },
@@ -52,7 +57,6 @@ class WorkerProcess:
         os.set_blocking(self.process.stdout.fileno(), False)
         self._heartbeat = heartbeat
         self._last_beat = 0
-        self._silent_seconds = 0.0
         self._grace_seconds = grace_seconds
         self._kill_time = math.inf
         self._write = write
@@ -61,18 +65,23 @@ class WorkerProcess:
             codecs.getincrementaldecoder("utf-8")("replace"), translate=True
         )
         self._partial_line = ""
+        self._is_hidden = startup_log.hidden_by(environ)
 
     def print_output(self, final: bool = False) -> bool:
         """Prints the full lines at hand, all of them if `final`; false at the end."""
         chunk = self.process.stdout.read(_CHUNK_BYTES)  # None if the pipe is empty.
         if chunk:
-            self._silent_seconds = 0.0
+            self.silent_seconds = 0.0
         # Keras goes back over its progress bar with backspaces.
         text = self._decoder.decode(chunk or b"", final).replace("\b", "")
         text = self._partial_line + text + ("\n" if final else "")
         *lines, self._partial_line = text.split("\n")
         self._write(
-            "".join(f"[worker {self.index}] {line}\n" for line in lines if line.strip())
+            "".join(
+                f"[worker {self.index}] {line}\n"
+                for line in lines
+                if line.strip() and not self._is_hidden(line)
+            )
         )
         return chunk != b""
 
@@ -80,17 +89,19 @@ class WorkerProcess:
         self, pass_seconds: float, stall_timeout: float
     ) -> tuple[int, str] | None:
         """Returns the launcher's exit code and the reason if the worker is lost."""
+        if self.is_lost:
+            return None
         code = self.process.poll()
-        self._silent_seconds += pass_seconds
+        self.silent_seconds += pass_seconds
         with contextlib.suppress(FileNotFoundError):  # Before the first beat.
             beat = os.stat(self._heartbeat).st_mtime_ns
             if beat != self._last_beat:
                 self._last_beat = beat
                 self.has_beaten = True
-                self._silent_seconds = 0.0
+                self.silent_seconds = 0.0
         if code:
             return _explain(self.index, code)
-        if code is None and self._silent_seconds > stall_timeout:
+        if code is None and self.silent_seconds > stall_timeout:
             return _STALLED_EXIT_CODE, (
                 f"worker {self.index} made no progress for "
                 f"stall_timeout={stall_timeout:g} seconds"
