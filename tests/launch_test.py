@@ -222,8 +222,8 @@ class ArgumentsTest(launching.LaunchTestCase):
     def test_bad_min_workers(self, min_workers, num_workers):
         with self.assertRaisesRegex(
             ValueError,
-            rf"`min_workers` .* half of num_workers={num_workers}, .* Received: "
-            rf"{min_workers}\.",
+            rf"`min_workers` .* to num_workers={num_workers}: at least half .* "
+            rf"Received: {min_workers}\.",
         ):
             launch.launch(["true"], num_workers, min_workers=min_workers)
 

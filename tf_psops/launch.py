@@ -175,11 +175,12 @@ def launch(
     _check(real, 0, "at least 0", grace_seconds=grace_seconds)
     _check(real, 0, "at least 0 (no limit)", stall_timeout=stall_timeout)
     _check(whole, 0, "at least 0 (no restart)", max_restarts=max_restarts)
+    half = (num_workers + 1) // 2
     _check(
         whole,
-        (num_workers + 1) // 2,
-        f"at least half of num_workers={num_workers}, so that a split never leaves two "
-        "swarms, and at most all",
+        half,
+        f"from {half} to num_workers={num_workers}: at least half of the workers, so "
+        "that a split network never leaves two swarms",
         num_workers,
         min_workers=min_workers,
     )
