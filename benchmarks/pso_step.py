@@ -44,7 +44,7 @@ def _make_rule_side(state, position, best):
     @tf.function(autograph=False)
     def step(sync):
         news = tf_psops.News(
-            best, tf.zeros([1]), tf.constant(0), sync, tf.constant(0.1)
+            best, tf.zeros([1]), tf.constant(0), sync, tf.constant(0.1), tf.zeros([1])
         )
         news = news._replace(factors=rule.factors(news, _NUM_TENSORS))
         return move(state, position, news, tensor_ids)

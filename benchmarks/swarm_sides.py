@@ -1,7 +1,6 @@
 """The sides of `benchmarks.sync_step` that run on TensorFlow.
 
-All share one model. A batch of one row through 60 layers keeps the scoring of trial
-positions real, and small beside the synchronisation.
+All share one model.
 """
 
 import functools

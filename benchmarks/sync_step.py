@@ -9,11 +9,10 @@ The weights of a network, in 60 tensors, are synchronised between real processes
 this machine. The sides take turns, round by round, and the workers of the others sleep
 meanwhile:
 
-  * psops: the whole synchronisation of `PSOSync` with its default rule, the scoring of
-    trial positions included; psops_broadcast: with
-    `ParticleSwarm(take="global_best")`, where each time another particle has found a
-    better best; psops_all_reduce: with `ParameterAverage`; each also with float16 on
-    the wire.
+  * psops: the whole synchronisation of `PSOSync` with its default rule;
+    psops_broadcast: with `ParticleSwarm(take="global_best")`, where each time another
+    particle has found a better best; psops_all_reduce: with `ParameterAverage`; each
+    also with float16 on the wire.
   * ring_all_reduce: psops_all_reduce by TensorFlow's ring over gRPC instead.
   * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
     of which all take the best worker's.

@@ -1,6 +1,5 @@
 """Tests of `tf_psops.CentroidSwarm` and of its peers that move a shared point."""
 
-import keras
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
@@ -11,149 +10,132 @@ _TENSOR_IDS = (0, 0, 1)
 _INF, _NAN = float("inf"), float("nan")
 
 
-def _news(rule, vector, sync=0, scores=None):
-    news = tf_psops.News(
+def _news(vector, distances=(0.0,) * 4):
+    return tf_psops.News(
         vector=tf.constant(vector),
-        fitness=tf.zeros([4], tf.float64),
+        fitness=tf.zeros([len(distances)], tf.float64),
         particle=tf.constant(0),
-        sync=tf.constant(sync),
+        sync=tf.constant(0),
         learning_rate=tf.constant(0.1, tf.float64),
-        scores=None if scores is None else tf.constant(scores, tf.float64),
+        distances=tf.constant(distances, tf.float64),
     )
-    return news._replace(factors=rule.factors(news, 2))
+
+
+def _compiled(rule):
+    return tf.function(lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True)
+
+
+def _lengths(ways):
+    return np.sqrt(np.sum(ways**2, axis=-1))
+
+
+def _inertia(x, v, particles, largest=0.5):
+    """Returns w from the particles' own positions, as the definition has it."""
+    m = particles.mean(0)
+    way = m - x
+    with np.errstate(divide="ignore", invalid="ignore"):
+        cohesion = len(particles) * way @ way / np.sum((particles - m) ** 2)
+        alignment = way @ v / np.sqrt((way @ way) * (v @ v))
+    turn = np.clip(np.nan_to_num(alignment) / 0.6, 0, 1)
+    return largest * turn / (1 + (cohesion / 1.3) ** 2)
 
 
 class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
-    def test_trials_fly_past_the_centroid(self):
-        rule = tf_psops.CentroidSwarm(inertia=(0.5, 0.2))
-        self.assertEqual(rule.num_trials, 2)
-        state = rule.init(tf.constant([1.0, 2.0, 3.0], tf.float64))
-        velocity = np.array([7.0, 8.0, 9.0])
-        state = state._replace(velocity=tf.constant(velocity))
-        mean = np.array([4.0, 5.0, 6.0])
-        for number, inertia in enumerate((0.2, 0.5)):
-            trial = rule.trial(number, state, _news(rule, mean), _TENSOR_IDS)
-            self.assertAllClose(trial, mean + inertia * velocity)
-
-    @parameterized.parameters(
-        # Scores, and the inertias of where the swarm goes on and of its answer.
-        ([1.0, 0.9, 0.8, 0.9], 0.7, 0.5),
-        ([1.0, 1.01, 1.04, 1.06], 0.5, 0.0),
-        ([1.0, 2.0, 1.05, 2.0], 0.5, 0.0),
-        ([1.0, 2.0, 3.0, 4.0], 0.0, 0.0),
-        ([1.0, _NAN, 0.5, _INF], 0.5, 0.5),
-        ([-1.0, -0.97, -0.94, 0.0], 0.3, 0.0),
-        ([_INF, 3.0, 2.0, 3.0], 0.5, 0.5),
-        ([_INF] * 4, 0.0, 0.0),
-    )
-    def test_choice(self, scores, inertia, best_inertia):
-        rule = tf_psops.CentroidSwarm(inertia=(0.3, 0.5, 0.7), tolerance=0.05)
-        start, velocity = np.array([1.0, 0.0, 2.0]), np.array([10.0, 20.0, 30.0])
-        state = rule.init(tf.constant(start))._replace(velocity=tf.constant(velocity))
-        mean = np.array([4.0, 5.0, 6.0])
-        # As `Synchronizer` hands scores on: what is not finite is infinite.
-        scores = np.where(np.isfinite(scores), scores, _INF)
-        move = tf.function(
-            lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True
-        )
-        state, moved = move(state, tf.zeros(3), _news(rule, mean, scores=scores))
-        self.assertAllClose(moved, mean + inertia * velocity)
-        self.assertAllClose(state.velocity, moved - start)
-        self.assertAllClose(rule.agreed(state, mean), mean + best_inertia * velocity)
-
-    def test_flies_like_numpy(self):
-        """Against PSO of the centroid written out in NumPy, on a quadratic loss."""
-        rule = tf_psops.CentroidSwarm(inertia=(0.3, 0.5, 0.7), tolerance=0.05)
-        trial = tf.function(
-            lambda *args: rule.trial(*args, _TENSOR_IDS), jit_compile=True
-        )
-        move = tf.function(
-            lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True
-        )
+    @parameterized.product(num_particles=(2, 3, 8), dtype=(np.float32, np.float64))
+    def test_flies_like_numpy(self, num_particles, dtype):
+        """Against PSO of the centroid written out in NumPy, from all positions."""
         rng = np.random.default_rng(0)
-        goal = rng.normal(size=3)
+        rule = tf_psops.CentroidSwarm()
+        move = _compiled(rule)
+        goal = 3 * rng.normal(size=3)
         x, v = np.zeros(3), np.zeros(3)
-        state = rule.init(tf.constant(x))
-        choices = []
-        for sync in range(12):
-            mean = x + 0.2 * (goal - x) + 0.1 * rng.normal(size=3)
-            velocities = [w * v + (mean - x) for w in (0, 0.3, 0.5, 0.7)]
-            losses = np.array([np.sum((x + u - goal) ** 2) for u in velocities])
-            news = _news(rule, mean, sync)
-            for k, u in enumerate(velocities[1:]):
-                self.assertAllClose(trial(tf.constant(k), state, news), x + u)
-            chosen = np.flatnonzero(losses <= 1.05 * losses[0])[-1]
-            choices.append(chosen)
-            best = x + velocities[np.argmin(losses)]
-            v = velocities[chosen]
-            x = x + v
-            state, moved = move(
-                state, tf.constant(rng.normal(size=3)), _news(rule, mean, sync, losses)
-            )
-            self.assertAllClose(moved, x)
-            self.assertAllClose(state.velocity, v)
-            self.assertAllClose(rule.agreed(state, mean), best)
-        self.assertGreater(len(set(choices)), 2)
+        state = rule.init(tf.constant(x, dtype))
+        inertias = []
+        for _ in range(12):
+            kicks = rng.normal(size=[num_particles, 3])
+            particles = x + 0.3 * (goal - x) + 0.5 * kicks
+            mean = particles.mean(0)
+            w = _inertia(x, v, particles)
+            inertias.append(w)
+            news = _news(dtype(mean), _lengths(particles - x))
+            x, v = mean + w * v, mean + w * v - x
+            state, moved = move(state, tf.constant(particles[0], dtype), news)
+            self.assertEqual(moved.dtype, dtype)
+            error = 100 * np.finfo(dtype).eps
+            self.assertAllClose(moved, x, rtol=error, atol=error)
+            self.assertAllClose(state.velocity, v, rtol=error, atol=error)
+            self.assertAllEqual(rule.agreed(state, mean), moved)
+        self.assertEqual(inertias[0], 0)
+        self.assertGreater(len(set(inertias)), 4)
 
-    @parameterized.parameters(
-        dict(num_examples=32, batch_shape=[None], scored=[*range(8)]),
-        dict(num_examples=3, batch_shape=[None], scored=[0, 1, 2, 4, 5, 6]),
-        # A model of one batch size must get that.
-        dict(num_examples=3, batch_shape=[4], scored=[*range(8)]),
-    )
-    def test_takes_the_trial_that_the_swarm_scores_best(
-        self, num_examples, batch_shape, scored
-    ):
-        """Through `fit`: the choice is that of the latest batch of all particles."""
-        rng = np.random.default_rng(1)
-        x = rng.normal(size=[48, 5]).astype(np.float32)
-        y = (x @ rng.normal(size=[5, 1]) + rng.normal(size=[48, 1])).astype(np.float32)
-        dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
-        start = rng.normal(size=[5, 1]).astype(np.float32)
-        inertia = (0.1, 0.3, 0.5, 0.7, 0.9)
+    def _moves_by(self, particles, velocity, distances=None, rule=None):
+        """Returns the inertia by which a swarm that went on from 0 moves."""
+        rule = rule or tf_psops.CentroidSwarm()
+        particles, velocity = np.array(particles, float), np.array(velocity, float)
+        healthy = particles[np.isfinite(particles).all(-1)]
+        state = rule.init(tf.zeros([3], tf.float64))
+        state = state._replace(velocity=tf.constant(velocity))
+        if distances is None:
+            distances = _lengths(particles)
+        news = _news(healthy.mean(0), distances)
+        state, moved = _compiled(rule)(state, tf.zeros([3], tf.float64), news)
+        self.assertAllEqual(state.velocity, moved)
+        self.assertAllEqual(state.position, moved)
+        gone = moved - healthy.mean(0)
+        w = np.dot(gone, velocity) / np.dot(velocity, velocity)
+        self.assertAllClose(gone, w * velocity)
+        return w
 
-        def fit(rule, steps):
-            strategy = tf_psops.SwarmStrategy.in_process(2)
-            with strategy.scope():
-                model = keras.Sequential(
-                    [
-                        keras.layers.Input(batch_shape=[*batch_shape, 5]),
-                        keras.layers.Dense(1, use_bias=False),
-                    ]
-                )
-                model.compile(keras.optimizers.SGD(0.2), loss="mse")
-            model.set_weights([start])
-            callbacks = [tf_psops.PSOSync(3, rule)]
-            model.fit(dataset.take(steps), verbose=0, callbacks=callbacks)
-            return model.get_weights()[0]
+    def test_falls_as_the_swarm_flies_together(self):
+        spread = np.array([[0.0, 1, 0], [0, -1, 0]])
+        ws = [
+            self._moves_by([[d, 0, 0], [d, 0, 0]] + spread, [2.0, 0, 0])
+            for d in (0.01, 0.5, 1, 2, 10)
+        ]
+        self.assertAllClose(ws[0], 0.5, rtol=1e-3)
+        self.assertAllClose(ws, sorted(ws, reverse=True))
+        self.assertLess(ws[-1], 0.001)
 
-        # Plain SGD, and no velocity yet: the first synchronisation is an average.
-        first, second = (fit(tf_psops.ParameterAverage(), steps) for steps in (3, 6))
-        trials = [second + w * (first - start) for w in (0.0, *inertia)]
+    def test_falls_as_the_swarm_turns(self):
+        particles = np.array([[0.1, 1, 0], [0.1, -1, 0]])
+        ws = [
+            self._moves_by(particles, [np.cos(angle), 0, np.sin(angle)])
+            for angle in np.pi * np.array([0, 0.25, 0.4, 0.5, 0.75, 1])
+        ]
+        self.assertAllClose(ws[0], ws[1])  # Well aligned: no more is asked for.
+        self.assertAllClose(ws[2], ws[0] * np.cos(0.4 * np.pi) / 0.6)
+        self.assertAllClose(ws[3:], [0.0] * 3, atol=1e-9)
 
-        def best_on(rows):
-            errors = [x[40:][rows] @ w - y[40:][rows] for w in trials]
-            return int(np.argmin([np.mean(error**2) for error in errors]))
+    def test_two_particles_by_hand(self):
+        # m = (1, 0, 0): R = 2 * 1 / (1 + 1) = 1.
+        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [3, 0, 0])
+        self.assertAllClose(w, 0.5 / (1 + 1 / 1.3**2))
 
-        best = best_on(scored)
-        self.assertNotEqual(best_on([*range(8)]), best_on([0, 1, 2, 4, 5, 6]))
-        self.assertNotIn(best, (0, len(inertia)))
-        rule = tf_psops.CentroidSwarm(inertia, num_examples=num_examples)
-        moved = fit(rule, 6)
-        self.assertAllClose(moved, trials[best], rtol=1e-5, atol=1e-6)
+    @parameterized.parameters(_INF, _NAN)
+    def test_counts_the_particles_in_order(self, out_of_order):
+        healthy = [[1, 1, 0], [1, -1, 1], [2, 0, 0]]
+        expected = self._moves_by(healthy, [1, 0, 0])
+        self.assertGreater(expected, 0)
+        w = self._moves_by([*healthy, [out_of_order] * 3], [1, 0, 0])
+        self.assertAllClose(w, expected, rtol=1e-12)
 
-    @parameterized.parameters(
-        ({"inertia": 0.5}, "inertia"),
-        ({"inertia": (0.5, 1.0)}, "inertia"),
-        ({"inertia": (0.0,)}, "inertia"),
-        ({"inertia": ("x",)}, "inertia"),
-        ({"tolerance": -0.1}, "tolerance"),
-        ({"tolerance": _INF}, "tolerance"),
-        ({"tolerance": None}, "tolerance"),
-    )
-    def test_refuses(self, arguments, name):
-        with self.assertRaisesRegex(ValueError, f"`{name}`.*Received: {name}="):
-            tf_psops.CentroidSwarm(**arguments)
+    def test_averages_where_it_cannot_tell(self):
+        alone = self._moves_by([[1, 1, 0]], [1, 0, 0])
+        in_one_place = self._moves_by([[1, 1, 0]] * 3, [1, 0, 0])
+        at_rest = self._moves_by([[0, 0, 0]] * 3, [1, 0, 0])
+        # Rounding made the mean lie further off than the particles' own distances.
+        rounded = self._moves_by([[1, 0, 0], [1, 0, 1e-9]], [1, 0, 0], [0.99, 0.99])
+        self.assertAllEqual([alone, in_one_place, at_rest, rounded], [0] * 4)
+
+    def test_no_inertia_is_parameter_averaging(self):
+        rule = tf_psops.CentroidSwarm(inertia=0)
+        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [3, 0, 0], rule=rule)
+        self.assertEqual(w, 0)
+
+    @parameterized.parameters(-0.1, 1.0, [(0.3, 0.5)], "x", None, True, _NAN)
+    def test_refuses(self, inertia):
+        with self.assertRaisesRegex(ValueError, "`inertia`.*Received: inertia="):
+            tf_psops.CentroidSwarm(inertia)
 
 
 class PeersTest(tf.test.TestCase, parameterized.TestCase):
@@ -162,11 +144,11 @@ class PeersTest(tf.test.TestCase, parameterized.TestCase):
         rng = np.random.default_rng(0)
         x, c = rng.normal(size=[4, 3]), np.ones(3)
         states = [rule.init(tf.constant(c))] * 4
-        for sync in range(3):
+        for _ in range(3):
             x = x + rng.normal(size=x.shape)
             mean = x.mean(axis=0)
             moves = [
-                rule.move(state, tf.constant(p), _news(rule, mean, sync), _TENSOR_IDS)
+                rule.move(state, tf.constant(p), _news(mean), _TENSOR_IDS)
                 for state, p in zip(states, x)
             ]
             x, c = x - 0.2 * (x - c), c + 0.8 * (mean - c)

@@ -141,9 +141,9 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         ("--methods=", "methods"),
         ("--methods=pso(", "methods"),
         ("--methods=pso((0.5,))", "methods.*by name"),
-        ("--methods=pso(tolerance=-1)", "methods.*`tolerance`"),
+        ("--methods=pso(inertia=-1)", "methods.*`inertia`"),
         ("--methods=pso(speed=1)", "methods.*speed"),
-        ("--methods=ssgd(tolerance=2)", "methods.*of a rule"),
+        ("--methods=ssgd(inertia=2)", "methods.*of a rule"),
         ("--intervals=0", "intervals"),
         ("--intervals=ten", "intervals"),
         ("--partition=full,half", "partition"),
@@ -169,19 +169,16 @@ class CostsTest(tf.test.TestCase):
 
 class MethodsTest(tf.test.TestCase):
     def test_arguments_reach_the_rule_and_the_callback(self):
-        text = (
-            "ssgd, pso( tolerance=0,inertia=(.5,),delay=3), "
-            "average(optimizer_slots='average')"
-        )
+        text = "ssgd, pso( inertia=.25,delay=3), average(optimizer_slots='average')"
         methods = comparison.parse_methods(text)
         self.assertEqual(
             methods,
-            ["ssgd", "pso(tolerance=0, inertia=(0.5,), delay=3)"]
+            ["ssgd", "pso(inertia=0.25, delay=3)"]
             + ["average(optimizer_slots='average')"],
         )
         ssgd, pso, average = map(comparison.make_sync, methods)
         self.assertIsNone(ssgd)
-        self.assertEqual((pso.rule.tolerance, pso.rule.inertia), (0.0, (0.0, 0.5)))
+        self.assertEqual(pso.rule.inertia, 0.25)
         self.assertEqual((pso.optimizer_slots, pso.delay), ("local", 3))
         with self.assertRaisesRegex(ValueError, "delay=3"):
             comparison.make_sync(methods[1], 3)
@@ -191,7 +188,7 @@ class MethodsTest(tf.test.TestCase):
 
 class ReportTest(tf.test.TestCase):
     def test_plots_tell_the_variants_of_a_method_apart(self):
-        methods = ["pso", "pso(tolerance=0)", "pso(tolerance=1)", "average"]
+        methods = ["pso", "pso(inertia=0)", "pso(inertia=0.9)", "average"]
         records = [_record(method, 10, 0, 0.9) for method in methods]
         styles = report._styles(records)
         self.assertCountEqual(styles, methods)

@@ -128,24 +128,16 @@ _ARGUMENTS = {
         ValueError, "`payload_dtype`", "'float16', 'bfloat16' or None", "'float64'",
     ),
     "centroid_inertia_negative": (
-        lambda: tf_psops.CentroidSwarm(inertia=(0.3, -0.1)),
-        ValueError, "`inertia`", "a tuple of numbers above 0", r"\(0.3, -0.1\)",
+        lambda: tf_psops.CentroidSwarm(inertia=-0.1),
+        ValueError, "`inertia`", "from 0 to below 1", "inertia=-0.1",
     ),
-    "centroid_inertia_number": (
-        lambda: tf_psops.CentroidSwarm(inertia=0.3),
-        ValueError, "`inertia`", "a tuple of numbers above 0", "inertia=0.3",
+    "centroid_inertia_tuple": (
+        lambda: tf_psops.CentroidSwarm(inertia=(0.3, 0.5)),
+        ValueError, "`inertia`", "from 0 to below 1", r"inertia=\(0.3, 0.5\)",
     ),
     "centroid_inertia_bool": (
-        lambda: tf_psops.CentroidSwarm(inertia=(True,)),
-        ValueError, "`inertia`", "a tuple of numbers above 0", r"\(True,\)",
-    ),
-    "centroid_num_examples": (
-        lambda: tf_psops.CentroidSwarm(num_examples=0),
-        ValueError, "`num_examples`", "whole number of at least 1", "num_examples=0",
-    ),
-    "centroid_tolerance": (
-        lambda: tf_psops.CentroidSwarm(tolerance=math.nan),
-        ValueError, "`tolerance`", "at least 0", "tolerance=nan",
+        lambda: tf_psops.CentroidSwarm(inertia=True),
+        ValueError, "`inertia`", "from 0 to below 1", "inertia=True",
     ),
     "particle_inertia_negative": (
         lambda: tf_psops.ParticleSwarm(inertia=-0.3),

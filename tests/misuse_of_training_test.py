@@ -57,18 +57,6 @@ _RULES = {
         _NoMove,
         ValueError, "`rule`", "the function `move`", "_NoMove", "Define _NoMove.move",
     ),
-    "no_trial": (
-        lambda: _rule(num_trials=2),
-        ValueError, "`rule`", "the function `trial`", "Mine", "Define Mine.trial",
-    ),
-    "num_examples": (
-        lambda: _rule(num_examples=True),
-        ValueError, "`rule.num_examples`", "whole number of at least 1", "=True",
-    ),
-    "num_trials": (
-        lambda: _rule(num_trials=1.5),
-        ValueError, "`rule.num_trials`", "whole number", "=1.5",
-    ),
     "init_none": (
         lambda: _rule(init=lambda self, position: None),
         ValueError, "Mine", "`init`", "`NamedTuple`", "Received: None", "Rule.init",
@@ -128,12 +116,6 @@ _RULES = {
     "offer_infinite": (
         lambda: _offer(lambda state, x, loss: (state, tf_psops.Offer(x / 0, loss))),
         FloatingPointError, "Mine", r"\[0, 1\]", "synchronisation 0", "Look for",
-    ),
-    "trial_shape": (
-        lambda: _rule(
-            num_trials=1, trial=lambda self, k, state, news, sizes: news.vector[1:]
-        ),
-        ValueError, "Mine", "`trial`", r"float32 \(15,\)", r"float32 \(14,\)", "Rule.t",
     ),
     "agreed_shape": (
         lambda: _rule(agreed=lambda self, state, vector: vector[1:]),
@@ -195,13 +177,6 @@ def _one_sync_for_two_models():
     misuses.fit(first, sync, inner)
 
 
-def _trials_on_sparse_rows():
-    sparse = tf.data.Dataset.from_tensor_slices(
-        (tf.sparse.from_dense(misuses.X), misuses.Y)
-    ).batch(4)
-    misuses.fit(misuses.swarm(), tf_psops.PSOSync(1), data=sparse)
-
-
 def _nan_in_the_data():
     data = tf.data.Dataset.from_tensors((misuses.X * math.nan, misuses.Y))
     misuses.fit(misuses.swarm(), data=data)
@@ -259,12 +234,6 @@ _TRAINING = {
         lambda: misuses.fit(misuses.swarm(jit_compile=True)),
         ValueError, "XLA", "jit_compile=True with 2 local", "jit_compile=False",
     ),
-    "jit_compile_of_trials": (
-        lambda: misuses.fit(
-            misuses.swarm(jit_compile=True, particles=1), tf_psops.PSOSync(1)
-        ),
-        ValueError, "XLA", "rule=CentroidSwarm", "jit_compile=False",
-    ),
     "steps_per_execution": (
         lambda: misuses.fit(misuses.swarm(steps_per_execution=2), tf_psops.PSOSync(3)),
         ValueError, "sync_every=3", "steps_per_execution=2", "as a multiple",
@@ -282,10 +251,6 @@ _TRAINING = {
             misuses.swarm(), None, keras.callbacks.BackupAndRestore("backup")
         ),
         ValueError, "one particle, not the swarm", "BackupAndRestore", r"backup_dir=",
-    ),
-    "trials_on_sparse_rows": (
-        _trials_on_sparse_rows,
-        ValueError, "dense tensors", "SparseTensor", r"tf_psops.ParameterAverage\(\)",
     ),
     "nan_in_the_data": (
         _nan_in_the_data,

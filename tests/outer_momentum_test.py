@@ -17,7 +17,7 @@ def _fly(rule, means, rates):
     flown = []
     for mean, rate in zip(means, rates):
         news = tf_psops.News(
-            tf.constant(mean), None, None, None, tf.constant(rate, tf.float64)
+            tf.constant(mean), None, None, None, tf.constant(rate, tf.float64), None
         )
         state, moved = rule.move(state, None, news, None)
         np.testing.assert_array_equal(rule.agreed(state, news.vector), moved)

@@ -78,7 +78,7 @@ class TrajectoryTest(tf.test.TestCase, parameterized.TestCase):
             leader = best[best_fitness.argmin()].copy()
             for i in range(particles):
                 news = tf_psops.News(
-                    None, None, tf.constant(i), tf.constant(number), None
+                    None, None, tf.constant(i), tf.constant(number), None, None
                 )
                 r1, r2 = np.repeat(rule.factors(news, len(sizes)), sizes, axis=1)
                 velocity[i] = (
@@ -228,6 +228,58 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllEqual(before, copy)
 
 
+class _Watched(tf_psops.SlowMomentum):
+    """Goes on from another place than what travelled, and keeps what it is told."""
+
+    def __init__(self):
+        super().__init__(inertia=0.8)
+        self.seen = []
+
+    def factors(self, news, num_tensors):
+        def keep(sync, particle, distances):
+            if not particle:
+                self.seen.append((int(sync), distances))
+
+        tf.numpy_function(keep, [news.sync, news.particle, news.distances], [])
+
+
+class DistancesTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(
+        ({}, False),
+        ({}, True),
+        ({"payload_dtype": "float16"}, False),
+        ({"delay": 1}, False),
+    )
+    def test_are_from_where_the_swarm_went_on(self, arguments, is_poisoned):
+        every, delay = 2, arguments.get("delay", 0)
+        rule = _Watched()
+        sync = tf_psops.PSOSync(every, rule, **arguments)
+        model = swarms.swarm(3)
+
+        def look(model):
+            if is_poisoned and len(before.seen) == 2:
+                kernel = model.trainable_variables[0].value
+                copies = model.distribute_strategy.experimental_local_results(kernel)
+                copies[1].assign(copies[1] * np.nan)
+            return swarms.weights(model)
+
+        before, after = swarms.Probe(look), swarms.Probe(swarms.weights)
+        start = swarms.weights(model)[0]
+        swarms.fit(model, swarms.data(9, 3), before, sync, after)
+        told = rule.seen[1:]  # Without the rehearsal.
+        self.assertEqual([number for number, _ in told[:4]], [0, 1, 2, 3])
+        went_on_from = start
+        for number, distances in told[:4]:
+            report = (number + 1) * every - 1
+            expected = np.linalg.norm(before.seen[report] - went_on_from, axis=-1)
+            expected = np.where(np.isnan(expected), np.inf, expected)
+            self.assertEqual(np.isinf(expected).any(), is_poisoned and number == 1)
+            self.assertAllClose(distances, expected, rtol=1e-5)
+            settle = report + delay
+            gone = before.seen[settle][0] - before.seen[report][0]
+            went_on_from = after.seen[settle][0] - gone
+
+
 class PayloadTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(
         (tf_psops.CentroidSwarm, "float16"), (tf_psops.ParticleSwarm, "bfloat16")
@@ -286,7 +338,9 @@ class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllInRange(weights, -10, 10)
             self.assertAllEqual(np.isfinite(fitness), [False, True, True])
             # The default rule adds a velocity later.
-            if rule.exchange == "mean" and (step == 1 or rule.num_trials == 0):
+            if rule.exchange == "mean" and (
+                step == 1 or isinstance(rule, tf_psops.ParameterAverage)
+            ):
                 self.assertAllClose(weights[1], before.seen[step][1:].mean(0))
             weights, fitness = after.seen[step + 2]
             self.assertTrue(np.isfinite(fitness).all(), fitness)

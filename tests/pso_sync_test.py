@@ -184,7 +184,7 @@ class RehearsalTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(tf_psops.CentroidSwarm, tf_psops.ParticleSwarm)
     def test_no_sync_waits_for_a_compiler(self, rule):
         rule = rule()
-        functions = ("offer", "factors", "trial", "move", "agreed")
+        functions = ("offer", "factors", "move", "agreed")
         for name in functions:
             setattr(rule, name, mock.Mock(wraps=getattr(rule, name)))
 

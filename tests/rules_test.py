@@ -37,6 +37,7 @@ def _news(vector, particle=0, sync=0):
         particle=tf.constant(particle),
         sync=tf.constant(sync),
         learning_rate=tf.constant(0.1),
+        distances=tf.zeros([3]),
     )
 
 

@@ -230,7 +230,7 @@ class PSOSync(keras.callbacks.Callback):
             self.model.steps_per_execution, sync_every=self.sync_every, delay=self.delay
         )
         fit_checks.check_scope(self.model)
-        fit_checks.check_compilation(self.model, self.rule)
+        fit_checks.check_compilation(self.model)
         # A later `fit` of the same compiled model goes on with what was traced.
         compiled = (self.model, self.model.optimizer, self.model.metrics[0])
         is_new = self._synchronized != compiled

@@ -243,15 +243,6 @@ class SwarmStrategy(tf.distribute.Strategy):
         """Returns whether the wire to the other workers has been cut."""
         return bool(vars(self).get("wire") and self.wire.is_cut)
 
-    def local_replica(self):
-        """Returns the place among this worker's replicas of the one that is traced.
-
-        Returns:
-            An int, from 0; to be called inside `run`.
-        """
-        replica = tf.distribute.get_replica_context().replica_id_in_sync_group
-        return int(tf.get_static_value(replica)) % len(self.extended.worker_devices)
-
     def observe(self, model, observer):
         """Wraps a model's training step on every replica.
 

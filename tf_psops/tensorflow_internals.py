@@ -293,23 +293,6 @@ def updated_state(model):
     ]
 
 
-def test_loss(model, data):
-    """Returns a model's loss on one batch without training, in a replica.
-
-    `model.test_step` would disturb the metrics; whether `call` takes `training`,
-    only the model itself knows.
-    """
-    x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-    arguments = {"training": False} if model._call_has_training_arg else {}
-    return model.compute_loss(
-        x=x,
-        y=y,
-        y_pred=model(x, **arguments),
-        sample_weight=sample_weight,
-        training=False,
-    )
-
-
 def begin_at_epoch(model, epoch):
     """Makes `fit` begin at an epoch, `None` for where its caller says.
 

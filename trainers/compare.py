@@ -12,7 +12,7 @@ folder, `runs/compare` by default, gets `results.json` (one record for each run)
 when it is repeated.
 
 A method can have arguments, of its rule or of `PSOSync`:
-`--methods="pso,pso(tolerance=0),pso(inertia=(0.5,))"`.
+`--methods="pso,pso(inertia=0.3),slowmo(inertia=0.3)"`.
 
 With several `--learning_rates` each method gets its own best for each interval and
 partition, chosen on a tenth of the training set that is held out for it, by the mean
@@ -38,7 +38,7 @@ from trainers.files import make_folder, write_text
 _METHODS = flags.DEFINE_string(
     "methods",
     "average,pso",
-    f"Methods: {', '.join(comparison.METHODS)}, with arguments as in pso(tolerance=0).",
+    f"Methods: {', '.join(comparison.METHODS)}, with arguments as in pso(inertia=0.3).",
 )
 _INTERVALS = flags.DEFINE_list("intervals", ["10"], "Synchronisation intervals.")
 _PARTITION = flags.DEFINE_list(

@@ -24,7 +24,7 @@ METHODS = ("local", "ssgd", *RULES)
 
 
 def parse_methods(text):
-    """Returns the methods of a list such as `average,pso(tolerance=0)`.
+    """Returns the methods of a list such as `average,pso(inertia=0.3)`.
 
     A method is one of `METHODS`, with arguments of its rule or of `PSOSync` in
     parentheses if need be.
@@ -41,7 +41,7 @@ def parse_methods(text):
     Example:
 
     ```python
-    parse_methods("ssgd, pso(inertia=(0.5,), optimizer_slots='average')")
+    parse_methods("ssgd, pso(inertia=0.3, optimizer_slots='average')")
     ```
     """
     try:

@@ -85,15 +85,14 @@ def check_scope(model):
                 )
 
 
-def check_compilation(model, rule):
+def check_compilation(model):
     """Raises a `ValueError` if XLA is to compile a training that it cannot."""
     particles = len(model.distribute_strategy.extended.worker_devices)
-    if model.jit_compile and (particles > 1 or rule.num_trials):
+    if model.jit_compile and particles > 1:
         raise ValueError(
-            "XLA cannot compile the training of several particles in one process, or "
-            "of a rule with trial positions. Received: jit_compile=True with "
-            f"{particles} local particles and rule={type(rule).__name__}. "
-            "Compile the model with jit_compile=False."
+            "XLA cannot compile the training of several particles in one process. "
+            f"Received: jit_compile=True with {particles} local particles. Compile "
+            "the model with jit_compile=False."
         )
 
 

@@ -7,9 +7,7 @@ float vector of P elements. At a synchronisation
   1. every particle makes an `Offer` from its own position and fitness;
   2. one vector travels: the offer with the lowest score (`exchange = "best"`), or
      the mean of the offers of all particles in good health (`exchange = "mean"`);
-  3. if the rule has trial positions, every particle scores what travelled and each
-     of them on its own latest batch, and the scores are averaged over the swarm;
-  4. every particle moves by what it learnt, which it gets as `News`.
+  3. every particle moves by what it learnt, which it gets as `News`.
 """
 
 from typing import Any, NamedTuple
@@ -45,10 +43,10 @@ class News(NamedTuple):
         sync: Scalar int32, the number of this synchronisation, from 0.
         learning_rate: Scalar, the mean learning rate of the swarm's local steps since
             the last synchronisation.
+        distances: [W], how far every particle is from the position that stood for the
+            swarm since the last synchronisation, which `Rule.agreed` gives; infinite
+            for a particle that is out of order.
         factors: What the rule's `factors` gave.
-        scores: [1 + K], the mean loss over the swarm of `vector` as a position and of
-            each trial position, infinite where a loss was not finite; `None` before
-            they are scored, and for a rule without trials.
     """
 
     vector: tf.Tensor
@@ -56,17 +54,17 @@ class News(NamedTuple):
     particle: tf.Tensor
     sync: tf.Tensor
     learning_rate: tf.Tensor
+    distances: tf.Tensor
     factors: Any = None
-    scores: tf.Tensor | None = None
 
 
 class Rule:
     """How the particles of a swarm move at a synchronisation.
 
     A rule of one's own is a subclass with `exchange` and `move`, and what else it
-    needs of the other functions. `trial`, `move` and `agreed` are compiled by XLA, as
-    all that is arithmetic on whole vectors should be: they take and return tensors of
-    fixed shapes. A state is a `NamedTuple` of tensors.
+    needs of the other functions. `move` and `agreed` are compiled by XLA, as all that
+    is arithmetic on whole vectors should be: they take and return tensors of fixed
+    shapes. A state is a `NamedTuple` of tensors.
 
     Example:
 
@@ -85,12 +83,6 @@ class Rule:
 
     exchange = "mean"
     """Which vector travels: "best" or "mean"."""
-
-    num_trials = 0
-    """How many trial positions there are at each synchronisation, K."""
-
-    num_examples = 32
-    """On how many examples of its latest batch a particle scores them, at most."""
 
     def init(self, position) -> Any:
         """Returns a particle's state before the first synchronisation.
@@ -119,25 +111,11 @@ class Rule:
         other ones of the same seed.
 
         Args:
-            news: What the particle knows before the trials are scored.
+            news: What the particle learns, but `factors`.
             num_tensors: The number of weight tensors in the position.
         """
         del news, num_tensors
         return None
-
-    def trial(self, number, state, news: News, tensor_ids) -> tf.Tensor:
-        """Returns a trial position, [P], to be scored by the whole swarm.
-
-        It must be the same on every particle. Trials cost no traffic but their
-        scores, and a forward pass of `num_examples` examples each.
-
-        Args:
-            number: Scalar int32, from 0 to `num_trials` - 1.
-            state: The particle's state, as `offer` left it.
-            news: What the particle knows before the trials are scored.
-            tensor_ids: See `move`.
-        """
-        raise NotImplementedError
 
     def move(self, state, position, news: News, tensor_ids) -> tuple[Any, tf.Tensor]:
         """Returns a particle's new state and its new position, [P].
@@ -190,20 +168,12 @@ def check_rule(rule):
     )
     good = isinstance(rule.exchange, str) and rule.exchange in ("best", "mean")
     _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
-    for name, least in {"num_trials": 0, "num_examples": 1}.items():
-        value = getattr(rule, name)
-        _checks.check(
-            _checks.is_whole(value) and value >= least,
-            f"a whole number of at least {least}",
-            **{f"rule.{name}": value},
+    if type(rule).move is Rule.move:
+        raise ValueError(
+            "Invalid value for argument `rule`. Expected a rule with the function "
+            f"`move`. Received: {rule!r}, which has none. Define "
+            f"{type(rule).__name__}.move; see `tf_psops.Rule.move`."
         )
-    for name in ("move", "trial") if rule.num_trials else ("move",):
-        if getattr(type(rule), name) is getattr(Rule, name):
-            raise ValueError(
-                f"Invalid value for argument `rule`. Expected a rule with the function "
-                f"`{name}`. Received: {rule!r}, which has none. Define "
-                f"{type(rule).__name__}.{name}; see `tf_psops.Rule.{name}`."
-            )
 
 
 def describe(rule):

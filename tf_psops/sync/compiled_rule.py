@@ -9,8 +9,8 @@ from tf_psops.rules import rule as rule_lib
 class CompiledRule:
     """Calls the functions of a rule, and checks what they return while they are traced.
 
-    `trial`, `move` and `agreed` are compiled. They take and return what those of the
-    rule do, but `tensor_ids` of any integer type.
+    `move` and `agreed` are compiled. They take and return what those of the rule do,
+    but `tensor_ids` of any integer type.
 
     Args:
         rule: A `Rule`.
@@ -19,10 +19,8 @@ class CompiledRule:
     def __init__(self, rule):
         self._rule = rule
         self.exchange = rule.exchange
-        self.num_trials = rule.num_trials
         self.join = rule.join
         self.factors = rule.factors
-        self.trial = _xla.compiled(self._trial)
         self.move = _xla.compiled(self._move)
         self.agreed = _xla.compiled(self._agreed)
 
@@ -45,12 +43,6 @@ class CompiledRule:
         state, offer = returned
         score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
         return state, offer._replace(score=score)
-
-    def _trial(self, number, state, news, tensor_ids):
-        tensor_ids = tf.cast(tensor_ids, tf.int32)
-        position = self._rule.trial(number, state, news, tensor_ids)
-        rule_lib.check_returned(self._rule, "trial", position, news.vector)
-        return position
 
     def _move(self, state, position, news, tensor_ids):
         tensor_ids = tf.cast(tensor_ids, tf.int32)

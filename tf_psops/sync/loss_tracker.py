@@ -13,19 +13,12 @@ class LossTracker:
     Args:
         strategy: A `SwarmStrategy`.
         model: The compiled `keras.Model` that was made in its scope.
-        num_examples: How many examples of each replica's latest batch to keep as
-            well. A model whose inputs have a batch size of their own needs all.
 
     Attributes:
         variables: A nest of all `tf.Variable`s that `close` changes.
     """
 
-    def __init__(self, strategy, model, num_examples):
-        self._strategy = strategy
-        self._batches = {} if num_examples else None
-        inputs = tf.nest.flatten(getattr(model, "inputs", None) or [])
-        fixed = any(value.shape[:1] != (None,) for value in inputs)
-        self._kept = slice(None if fixed else num_examples)
+    def __init__(self, strategy, model):
         self._tracker = model.metrics[0]
         self._optimizer = model.optimizer
         with strategy.scope():
@@ -46,8 +39,6 @@ class LossTracker:
             weight = tf.identity(self._tracker.count.value)
             # That of this step, which moves a schedule on.
             rate = tf.cast(self._optimizer.learning_rate, tf.float64)
-            if self._batches is not None:
-                self._keep(data)
             result = train_step(data)
             loss = self._tracker.total.value - loss
             weight = self._tracker.count.value - weight
@@ -56,26 +47,6 @@ class LossTracker:
             return result
 
         return noted
-
-    def _keep(self, data):
-        replica = self._strategy.local_replica()
-        if replica not in self._batches:
-            with tf.init_scope(), tf.device(self._local[replica].device):
-                self._batches[replica] = tf.nest.map_structure(_variable_like, data)
-        tf.nest.map_structure(
-            lambda variable, value: (
-                variable if value is None else variable.assign(value[self._kept])
-            ),
-            self._batches[replica],
-            data,
-        )
-
-    def batch(self, replica):
-        """Returns what is kept of a local replica's latest batch."""
-        return tf.nest.map_structure(
-            lambda variable: None if variable is None else variable.read_value(),
-            self._batches[replica],
-        )
 
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
@@ -111,21 +82,3 @@ class LossTracker:
         sound = tf.math.is_finite(total)
         count.assign(tf.where(sound, count, 0))
         total.assign(tf.where(sound, total, 0))
-
-
-def _variable_like(value):
-    """Returns a variable for tensors like `value`, of any number of rows."""
-    if value is None:
-        return None
-    if not isinstance(value, tf.Tensor):
-        raise ValueError(
-            "A rule with trial positions scores them on the latest batch, which must "
-            f"be of dense tensors. Received: {type(value).__name__}. Use dense inputs, "
-            "or another rule, such as tf_psops.ParameterAverage()."
-        )
-    shape = tf.TensorShape([None]).concatenate(value.shape[1:])
-    return tf.Variable(
-        tf.zeros([0 if size is None else size for size in shape], value.dtype),
-        shape=shape,
-        trainable=False,
-    )

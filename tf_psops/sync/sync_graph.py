@@ -2,7 +2,6 @@
 
 import tensorflow as tf
 
-from tf_psops import tensorflow_internals
 from tf_psops.rules import rule as rule_lib
 from tf_psops.sync import divergence
 from tf_psops.transport.collectives import Call
@@ -15,8 +14,6 @@ class SyncGraph:
     of each function traces and compiles it.
 
     Args:
-        strategy: A `SwarmStrategy`.
-        model: The compiled and built `keras.Model` that was made in its scope.
         rule: A `CompiledRule`.
         collectives: The swarm's `Collectives`.
         particles: The local `Particles`.
@@ -24,11 +21,7 @@ class SyncGraph:
         delayed: Whether particles take local steps between `report` and `settle`.
     """
 
-    def __init__(
-        self, strategy, model, rule, collectives, particles, loss_tracker, delayed
-    ):
-        self._strategy = strategy
-        self._model = model
+    def __init__(self, rule, collectives, particles, loss_tracker, delayed):
         self._rule = rule
         self._collectives = collectives
         self._particles = particles
@@ -52,9 +45,9 @@ class SyncGraph:
     def report(self, wish):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [6], has its fitness, score, steps, distance from the vector that
-        travelled last, learning rate, and what its worker wishes. Then come positions,
-        offers, the rule's new states, and the state to be averaged.
+        A row, [6], has its fitness, score, steps, distance from the position that
+        stands for the swarm, learning rate, and what its worker wishes. Then come
+        positions, offers, the rule's new states, and the state to be averaged.
 
         Args:
             wish: Scalar float64.
@@ -64,11 +57,15 @@ class SyncGraph:
         def report(replica):
             position = particles.weights.pack(replica)
             loss = tf.cast(self._loss_tracker.mean_loss(replica), position.dtype)
-            # Not finite either where an element of the position is not.
-            distance = divergence.distance(
-                position, particles.vector[replica].read_value()
+            agreed = particles.agreed_position(replica)
+            # Not finite either where an element of one of the two is not.
+            distance = divergence.distance(position, agreed)
+            sound = tf.math.is_finite(loss) & tf.cond(
+                tf.math.is_finite(distance),
+                lambda: True,
+                # Then it is the rule that is out of order, which `close` tells.
+                lambda: ~divergence.is_finite(agreed),
             )
-            sound = tf.math.is_finite(loss) & tf.math.is_finite(distance)
             fitness = tf.where(sound, loss, float("inf"))
             state, offer = self._rule.offer(particles.state(replica), position, fitness)
             row = (
@@ -91,6 +88,7 @@ class SyncGraph:
         self,
         fitness,
         learning_rate,
+        distances,
         positions,
         states,
         own,
@@ -103,6 +101,7 @@ class SyncGraph:
         Args:
             fitness: [W], not finite for particles in bad health.
             learning_rate: Scalar, that of the swarm; see `News`.
+            distances: [W], see `News`.
             positions: The local particles' positions, as `report` returned them.
             states: The states of their rule, likewise.
             own: Their state to be averaged, likewise.
@@ -154,6 +153,7 @@ class SyncGraph:
                 particle=first + replica,
                 sync=sync,
                 learning_rate=tf.cast(learning_rate, particles.dtype),
+                distances=tf.cast(distances, particles.dtype),
             )
             factors = self._rule.factors(
                 news, len(particles.weights.variables[replica])
@@ -161,9 +161,6 @@ class SyncGraph:
             return news._replace(factors=factors)
 
         news = particles.each(learn)
-        if self._rule.num_trials:
-            scores = tf.cast(self._score_trials(states, news), particles.dtype)
-            news = [n._replace(scores=scores) for n in news]
 
         def heal(replica):
             # A sick particle starts from what travelled, with fresh slots.
@@ -188,43 +185,6 @@ class SyncGraph:
             return finite
 
         return particles.each(move)
-
-    def _score_trials(self, states, news):
-        """Returns the mean loss over the swarm of what travelled and each trial."""
-        particles = self._particles
-
-        def loss():
-            batch = self._loss_tracker.batch(self._strategy.local_replica())
-            return tensorflow_internals.test_loss(self._model, batch)
-
-        def score(number, scores):
-            def show(replica):
-                ids = particles.tensor_ids[replica]
-                position = tf.cond(
-                    number == 0,
-                    lambda: tf.identity(news[replica].vector),
-                    lambda: self._rule.trial(
-                        number - 1, states[replica], news[replica], ids
-                    ),
-                )
-                particles.weights.unpack(replica, position)
-
-            particles.each(show)
-            losses = self._strategy.experimental_local_results(self._strategy.run(loss))
-            row = tf.stack([tf.cast(loss, tf.float64) for loss in losses])
-            return number + 1, scores.write(number, row)
-
-        count = 1 + self._rule.num_trials
-        _, scores = tf.while_loop(
-            lambda number, _: number < count,
-            score,
-            (tf.constant(0), tf.TensorArray(tf.float64, count)),
-            parallel_iterations=1,
-        )
-        rows = tf.unstack(tf.transpose(scores.stack()), len(particles.indices))
-        table = self._collectives.gather(rows, Call.SCORE)
-        table = tf.where(tf.math.is_finite(table), table, float("inf"))
-        return tf.reduce_mean(table, axis=0)
 
     @tf.function(autograph=False)
     def close(self, take_mean):

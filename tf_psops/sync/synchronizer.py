@@ -52,9 +52,7 @@ class Synchronizer:
             strategy.communication_options,
             strategy.wire,
         )
-        self._loss_tracker = loss_tracker.LossTracker(
-            strategy, model, rule.num_examples if rule.num_trials else 0
-        )
+        self._loss_tracker = loss_tracker.LossTracker(strategy, model)
         self._particles = Particles(
             strategy,
             model,
@@ -68,8 +66,6 @@ class Synchronizer:
             self._collectives, self._particles, rule.exchange, self._payload
         )
         self._graph = SyncGraph(
-            strategy,
-            model,
             self._rule,
             self._collectives,
             self._particles,
@@ -156,8 +152,7 @@ class Synchronizer:
     def rehearse(self, take_mean):
         """Synchronises and closes once, and takes it back: all is then compiled.
 
-        All workers must take part. It must come after the first local step, which the
-        trial positions of a rule are scored on.
+        All workers must take part.
 
         Args:
             take_mean: See `close`.
@@ -176,7 +171,7 @@ class Synchronizer:
         )
         rate = tf.constant(0, tf.float64)
         self._graph.settle(
-            healthy, rate, positions, states, own, *travelled, tf.constant(0)
+            healthy, rate, healthy, positions, states, own, *travelled, tf.constant(0)
         )
         self._particles.take_back(self._particles.show_agreed())
         self._graph.close(take_mean)
@@ -266,6 +261,7 @@ class Synchronizer:
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick, np.inf, fitness)
+        distances = np.where(sick, np.inf, distances)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
         travelled = self._reduction.travel(
@@ -276,13 +272,12 @@ class Synchronizer:
             tf.constant(news != self._sent),
         )
         num_bytes = table.nbytes + self._particles.averaged.num_bytes
-        if self._rule.num_trials:
-            num_bytes += (1 + self._rule.num_trials) * fitness.nbytes
         if self._rule.exchange == "mean" or news != self._sent:
             num_bytes += self._particles.weights.size * self._payload.size
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
-        return fitness, rate, news, int(wishes.max()), num_bytes, travelled
+        numbers = fitness, rate, distances
+        return numbers, news, int(wishes.max()), num_bytes, travelled
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -298,12 +293,12 @@ class Synchronizer:
             RuntimeError: If the particles are not at the same step.
         """
         (brought, moving), self._under_way = self._under_way, None
-        fitness, rate, self._sent, self.wish, num_bytes, travelled = moving.result()
+        numbers, self._sent, self.wish, num_bytes, travelled = moving.result()
+        fitness = numbers[0]
         self.num_sick += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
         finite = self._graph.settle(
-            tf.constant(fitness),
-            tf.constant(rate),
+            *map(tf.constant, numbers),
             *brought,
             *travelled,
             tf.constant(self.num_syncs),

@@ -36,7 +36,6 @@ class Call(enum.IntEnum):
     REPORT = enum.auto()
     EXCHANGE = enum.auto()
     AVERAGE = enum.auto()
-    SCORE = enum.auto()
     HEALTH = enum.auto()
     CLOSE = enum.auto()
 
