@@ -8,16 +8,21 @@ Three workers train on digits, with backups. At moments drawn from the seed, aft
 local steps or while the workers start, one of them gets SIGKILL, SIGSTOP or SIGTERM.
 In the end the weights must be those of an undisturbed training, bit for bit, and
 nothing may be left: no unfinished file, no process. Else the exit code is 1.
+
+```bash
+python -m tests.chaos --faults=20 --seed=1 --min_workers=2
+```
+
+Here the others go on without the worker that is hit, as `tests.chaos_membership` tells:
+none of them starts again or repeats a step, the worker is back within two
+synchronisations, and all end with equal weights, as good as undisturbed.
 """
 
 import contextlib
 import os
 import pathlib
 import random
-import re
 import signal
-import subprocess
-import sys
 import tempfile
 import time
 from typing import NamedTuple
@@ -25,7 +30,8 @@ from typing import NamedTuple
 import numpy as np
 from absl import app, flags
 
-_ROOT = pathlib.Path(__file__).parents[1]
+from tests import chaos_membership, chaos_runs
+
 _WORKERS = 3
 _SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
 # Longer than any silence of a healthy worker, its start included.
@@ -79,7 +85,13 @@ def run(num_faults, seed):
         problems = []
         for path, count in ((calm, 0), (stormy, num_faults)):
             path.mkdir()
-            with _launcher(path, count) as launcher:
+            with chaos_runs.launcher(
+                path,
+                "tests.chaos_training",
+                f"--num_workers={_WORKERS}",
+                f"--max_restarts={count + 2}",
+                f"--stall_timeout={_STALL_TIMEOUT}",
+            ) as launcher:
                 faults = _disturb(path, launcher, count, random.Random(seed))
                 code = launcher.wait(_ATTEMPT_SECONDS)
             text = (path / "log").read_text(errors="replace")
@@ -90,26 +102,9 @@ def run(num_faults, seed):
         if len(faults) < num_faults:
             problems.append(f"The training ended after {len(faults)} faults.")
         problems += [f"Left behind: {path}" for path in stormy.rglob("*unfinished*")]
-        problems += [f"Left running: {pid}" for pid in _worker_pids(folder)]
-        restarts = re.search(r"^\[launch\] restarts: (\d+)", text, re.MULTILINE)
-        restarts = int(restarts[1]) if restarts else 0
+        problems += [f"Left running: {pid}" for pid in chaos_runs.workers(folder)]
+        restarts = chaos_runs.count_restarts(text)
         return Report(faults, _lost_steps(stormy), restarts, problems)
-
-
-@contextlib.contextmanager
-def _launcher(folder, num_faults):
-    command = [sys.executable, "-m", "tf_psops.launch", f"--num_workers={_WORKERS}"]
-    command += [f"--max_restarts={num_faults + 2}", f"--stall_timeout={_STALL_TIMEOUT}"]
-    command += ["--", sys.executable, "-m", "tests.chaos_training", str(folder)]
-    with (
-        (folder / "log").open("w") as log,
-        subprocess.Popen(command, stdout=log, stderr=log, cwd=_ROOT) as launcher,
-    ):
-        try:
-            yield launcher
-        finally:
-            launcher.terminate()
-            launcher.wait(30)
 
 
 def _disturb(folder, launcher, num_faults, rng):
@@ -127,7 +122,7 @@ def _disturb(folder, launcher, num_faults, rng):
             if launcher.poll() is not None or time.monotonic() > deadline:
                 return faults
             time.sleep(0.02)
-            pids = sorted(set(_worker_pids(folder)) - old)
+            pids = sorted(set(chaos_runs.workers(folder)) - old)
         old |= set(pids)
         before = len(_journal(folder, worker))
         start = time.monotonic()
@@ -143,16 +138,6 @@ def _disturb(folder, launcher, num_faults, rng):
             step = int(journal[-1]) if len(journal) > 1 else 0
             faults.append(Fault(worker, signum.name, step))
     return faults
-
-
-def _worker_pids(folder):
-    """Yields the processes that train in the folder or below."""
-    for path in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            arguments = (path / "cmdline").read_text().split("\0")
-            of_us = "tests.chaos_training" in arguments and "--" not in arguments
-            if of_us and any(text.startswith(str(folder)) for text in arguments):
-                yield int(path.name)
 
 
 def _journal(folder, worker):
@@ -186,28 +171,40 @@ def _lost_steps(folder):
     ]
 
 
-def main(argv):
-    """Runs the test, shows what happened, and returns the exit code."""
-    del argv
-    start = time.monotonic()
-    report = run(_FAULTS.value, _SEED.value)
+def show(report):
+    """Prints a table of the faults, and what held."""
     print(f"{'fault':>5} {'worker':>6} {'signal':>8} {'local step':>10}")
     for number, fault in enumerate(report.faults, 1):
         step = fault.step or "start"
         print(f"{number:5} {fault.worker:6} {fault.signal:>8} {step:>10}")
     print(
         f"{len(report.faults)} faults, {report.restarts} restarts, "
-        f"{sum(report.lost)} steps repeated ({report.lost}), "
-        f"{time.monotonic() - start:.0f} seconds."
+        f"{sum(report.lost)} steps repeated ({report.lost})."
     )
-    for problem in report.problems:
-        print(f"PROBLEM: {problem}")
     if not report.problems:
         print("The same weights as undisturbed, bit for bit; nothing left behind.")
+
+
+def main(argv):
+    """Runs the test, shows what happened, and returns the exit code."""
+    del argv
+    start = time.monotonic()
+    if _MIN_WORKERS.value is None:
+        report = run(_FAULTS.value, _SEED.value)
+        show(report)
+    else:
+        report = chaos_membership.run(_FAULTS.value, _SEED.value, _MIN_WORKERS.value)
+        chaos_membership.show(report)
+    print(f"{time.monotonic() - start:.0f} seconds.")
+    for problem in report.problems:
+        print(f"PROBLEM: {problem}")
     return 1 if report.problems else 0
 
 
 if __name__ == "__main__":
     _FAULTS = flags.DEFINE_integer("faults", 20, "How many faults.", lower_bound=0)
     _SEED = flags.DEFINE_integer("seed", 1, "Seed of moments, workers and signals.")
+    _MIN_WORKERS = flags.DEFINE_integer(
+        "min_workers", None, "How many workers the swarm needs; all if None."
+    )
     app.run(main)
