@@ -51,6 +51,7 @@ process kills the groups. Only a process that moves to another process group esc
 """
 
 import contextlib
+import io
 import math
 import os
 import selectors
@@ -59,7 +60,7 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import TextIO
+from typing import TextIO, cast
 
 from absl import app, flags
 
@@ -268,7 +269,7 @@ def main(argv: Sequence[str]) -> int:
             f"Expected a command after `--`, but there is none. Example:\n  {_EXAMPLE}"
         )
     # A worker may print what the terminal cannot show; that must not end the run.
-    sys.stdout.reconfigure(errors="backslashreplace")
+    cast(io.TextIOWrapper, sys.stdout).reconfigure(errors="backslashreplace")
     return launch(
         command,
         _NUM_WORKERS.value,

@@ -9,7 +9,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple, TextIO
+from typing import IO, NamedTuple, TextIO, cast
 
 from tf_psops.launcher import restarts, tf_configs, worker_process
 
@@ -140,7 +140,7 @@ class WorkerGroup:
         self._num_starts += 1
         self._workers.append(worker)
         self._tell_guard()
-        self._selector.register(worker.process.stdout, selectors.EVENT_READ, worker)
+        self._selector.register(worker.output, selectors.EVENT_READ, worker)
         return None
 
     def _wait(self, signums: deque[int]) -> None:
@@ -213,12 +213,12 @@ class WorkerGroup:
         return running + len(self._start_times) + self.num_finished
 
     def _end_below_min_workers(self, exit_code: int) -> None:
-        there = self._count_there()
-        if there < self._limits.min_workers:
+        there, needed = self._count_there(), self._limits.min_workers or 0
+        if there < needed:
             self._end(
                 signal.SIGTERM,
                 exit_code,
-                f"{there} of min_workers={self._limits.min_workers} workers are left",
+                f"{there} of min_workers={needed} workers are left",
             )
 
     def _start_those_due(self, now: float) -> None:
@@ -281,13 +281,12 @@ class WorkerGroup:
         self._workers.remove(worker)
         self._tell_guard()
         worker.print_output(final=True)
-        stdout = worker.process.stdout
-        if stdout in self._selector.get_map():
-            self._selector.unregister(stdout)
-        stdout.close()
+        if worker.output in self._selector.get_map():
+            self._selector.unregister(worker.output)
+        worker.output.close()
         self.num_finished += worker.process.returncode == 0 and not worker.is_lost
 
     def _tell_guard(self) -> None:
         groups = " ".join(str(worker.process.pid) for worker in self._workers)
         with contextlib.suppress(BrokenPipeError):
-            self._guard.stdin.write(f"{groups}\n".encode())
+            cast(IO[bytes], self._guard.stdin).write(f"{groups}\n".encode())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import IO, cast
 
 from tf_psops.launcher import startup_log
 
@@ -26,6 +27,7 @@ class WorkerProcess:
       is_lost: Whether the worker was given up; `find_loss` then finds nothing more.
       silent_seconds: Time since the last progress.
       process: The leader of the process group.
+      output: The near end of the pipe that the worker writes to.
     """
 
     def __init__(
@@ -54,7 +56,8 @@ class WorkerProcess:
             bufsize=0,
             start_new_session=True,
         )
-        os.set_blocking(self.process.stdout.fileno(), False)
+        self.output = cast(IO[bytes], self.process.stdout)
+        os.set_blocking(self.output.fileno(), False)
         self._heartbeat = heartbeat
         self._last_beat = 0
         self._grace_seconds = grace_seconds
@@ -69,7 +72,7 @@ class WorkerProcess:
 
     def print_output(self, final: bool = False) -> bool:
         """Prints the full lines at hand, all of them if `final`; false at the end."""
-        chunk = self.process.stdout.read(_CHUNK_BYTES)  # None if the pipe is empty.
+        chunk = self.output.read(_CHUNK_BYTES)  # None if the pipe is empty.
         if chunk:
             self.silent_seconds = 0.0
         # Keras goes back over its progress bar with backspaces.
