@@ -13,7 +13,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks
-from tf_psops.rules.rule import Rule
+from tf_psops.rules.rule import News, Rule
 
 _COHESION = 1.3
 _ALIGNMENT = 0.6
@@ -51,16 +51,22 @@ class CentroidSwarm(Rule):
 
     exchange = "mean"
 
-    def __init__(self, inertia=0.5):
+    def __init__(self, inertia: float = 0.5):
         good = _checks.is_real(inertia) and 0 <= inertia < 1
         _checks.check(good, "a number from 0 to below 1", inertia=inertia)
         self.inertia = float(inertia)
 
-    def init(self, position):
+    def init(self, position: tf.Tensor) -> CentroidSwarmState:
         """Returns the state of a swarm at rest."""
         return CentroidSwarmState(tf.identity(position), tf.zeros_like(position))
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self,
+        state: CentroidSwarmState,
+        position: tf.Tensor,
+        news: News,
+        tensor_ids: tf.Tensor,
+    ) -> tuple[CentroidSwarmState, tf.Tensor]:
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
         way = news.vector - state.position
@@ -82,7 +88,7 @@ class CentroidSwarm(Rule):
         inertia = self.inertia * tf.clip_by_value(alignment / _ALIGNMENT, 0, 1)
         return tf.cast(inertia / (1 + (cohesion / _COHESION) ** 2), way.dtype)
 
-    def agreed(self, state, vector):
+    def agreed(self, state: CentroidSwarmState, vector: tf.Tensor) -> tf.Tensor:
         """Returns the global best, where the last synchronisation led all particles."""
         del vector
         return state.position

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks
-from tf_psops.rules.rule import Rule
+from tf_psops.rules.rule import News, Rule
 
 
 class DiLoCoState(NamedTuple):
@@ -55,7 +55,7 @@ class DiLoCo(Rule):
 
     exchange = "mean"
 
-    def __init__(self, learning_rate=0.7, momentum=0.9):
+    def __init__(self, learning_rate: float = 0.7, momentum: float = 0.9):
         good = _checks.is_real(learning_rate) and 0 < learning_rate < float("inf")
         _checks.check(good, "a finite number above 0", learning_rate=learning_rate)
         good = _checks.is_real(momentum) and 0 <= momentum < 1
@@ -63,11 +63,13 @@ class DiLoCo(Rule):
         self.learning_rate = float(learning_rate)
         self.momentum = float(momentum)
 
-    def init(self, position):
+    def init(self, position: tf.Tensor) -> DiLoCoState:
         """Returns the state of a swarm at rest."""
         return DiLoCoState(tf.identity(position), tf.zeros_like(position))
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self, state: DiLoCoState, position: tf.Tensor, news: News, tensor_ids: tf.Tensor
+    ) -> tuple[DiLoCoState, tf.Tensor]:
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
         way = news.vector - state.position
@@ -75,7 +77,7 @@ class DiLoCo(Rule):
         moved = state.position + self.learning_rate * (way + self.momentum * velocity)
         return DiLoCoState(moved, velocity), moved
 
-    def agreed(self, state, vector):
+    def agreed(self, state: DiLoCoState, vector: tf.Tensor) -> tf.Tensor:
         """Returns where the last synchronisation led all particles."""
         del vector
         return state.position

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks
-from tf_psops.rules.rule import Rule
+from tf_psops.rules.rule import News, Rule
 
 
 class ElasticAverageState(NamedTuple):
@@ -45,16 +45,22 @@ class ElasticAverage(Rule):
 
     exchange = "mean"
 
-    def __init__(self, beta=0.9):
+    def __init__(self, beta: float = 0.9):
         good = _checks.is_real(beta) and 0 < beta <= 1
         _checks.check(good, "a number above 0 and at most 1", beta=beta)
         self.beta = float(beta)
 
-    def init(self, position):
+    def init(self, position: tf.Tensor) -> ElasticAverageState:
         """Returns the state whose centre is where all particles start."""
         return ElasticAverageState(tf.identity(position))
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self,
+        state: ElasticAverageState,
+        position: tf.Tensor,
+        news: News,
+        tensor_ids: tf.Tensor,
+    ) -> tuple[ElasticAverageState, tf.Tensor]:
         """Returns the moved centre and position; see `Rule.move`."""
         del tensor_ids
         alpha = self.beta / tf.cast(tf.size(news.fitness), position.dtype)
@@ -62,7 +68,7 @@ class ElasticAverage(Rule):
         center = state.center + self.beta * (news.vector - state.center)
         return ElasticAverageState(center), moved
 
-    def agreed(self, state, vector):
+    def agreed(self, state: ElasticAverageState, vector: tf.Tensor) -> tf.Tensor:
         """Returns the centre."""
         del vector
         return state.center

@@ -1,6 +1,10 @@
 """Parameter averaging, also known as local SGD: the peer to compare a swarm with."""
 
-from tf_psops.rules.rule import Rule
+from typing import Any
+
+import tensorflow as tf
+
+from tf_psops.rules.rule import News, Rule
 
 
 class ParameterAverage(Rule):
@@ -20,7 +24,9 @@ class ParameterAverage(Rule):
 
     exchange = "mean"
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self, state: Any, position: tf.Tensor, news: News, tensor_ids: tf.Tensor
+    ) -> tuple[Any, tf.Tensor]:
         """Returns the mean position; see `Rule.move`."""
         del position, tensor_ids
         return state, news.vector

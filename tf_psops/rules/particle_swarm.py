@@ -12,13 +12,13 @@ x position, v velocity, p personal best, g global best, w inertia, c1 cognitive,
 c2 social, and r1, r2 random factors from U(0, 1).
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
 from tf_psops import _checks
 from tf_psops.rules import _random
-from tf_psops.rules.rule import Offer, Rule
+from tf_psops.rules.rule import News, Offer, Rule
 
 
 class ParticleSwarmState(NamedTuple):
@@ -65,7 +65,14 @@ class ParticleSwarm(Rule):
 
     exchange = "best"
 
-    def __init__(self, inertia=0.3, cognitive=0.5, social=0.5, take="own", seed=0):
+    def __init__(
+        self,
+        inertia: float = 0.3,
+        cognitive: float = 0.5,
+        social: float = 0.5,
+        take: str = "own",
+        seed: int = 0,
+    ):
         good = _checks.is_real(inertia) and 0 <= inertia < 1
         _checks.check(good, "a number from 0 to below 1", inertia=inertia)
         for name, value in (("cognitive", cognitive), ("social", social)):
@@ -80,7 +87,7 @@ class ParticleSwarm(Rule):
         self.take = take
         self.seed = int(seed)
 
-    def init(self, position):
+    def init(self, position: tf.Tensor) -> ParticleSwarmState:
         """Returns the state of a particle at rest that has no personal best yet."""
         return ParticleSwarmState(
             velocity=tf.zeros_like(position),
@@ -88,12 +95,16 @@ class ParticleSwarm(Rule):
             best_fitness=tf.constant(float("inf"), position.dtype),
         )
 
-    def join(self, state, position):
+    def join(
+        self, state: ParticleSwarmState, position: tf.Tensor
+    ) -> ParticleSwarmState:
         """Returns the state of a particle at rest; see `Rule.join`."""
         del state
         return self.init(position)
 
-    def offer(self, state, position, fitness):
+    def offer(
+        self, state: ParticleSwarmState, position: tf.Tensor, fitness: tf.Tensor
+    ) -> tuple[ParticleSwarmState, Offer]:
         """Returns the state with its personal best renewed, and that best."""
         fitness = tf.cast(fitness, position.dtype)
         # Not by `tf.where`, which would copy the vector.
@@ -105,7 +116,7 @@ class ParticleSwarm(Rule):
         state = state._replace(best_position=best_position, best_fitness=best_fitness)
         return state, Offer(best_position, best_fitness)
 
-    def factors(self, news, num_tensors):
+    def factors(self, news: News, num_tensors: int) -> Any:
         """Returns the random factors r1 and r2, [2, num_tensors], each from U(0, 1).
 
         They depend on (seed, sync, particle) alone, so a run repeats bit for bit.
@@ -113,7 +124,13 @@ class ParticleSwarm(Rule):
         key = _random.key(self.seed, news.sync, news.particle)
         return _random.uniform([2, num_tensors], key)
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self,
+        state: ParticleSwarmState,
+        position: tf.Tensor,
+        news: News,
+        tensor_ids: tf.Tensor,
+    ) -> tuple[ParticleSwarmState, tf.Tensor]:
         """Returns the state and position after one PSO step; see `Rule.move`."""
         if self.take == "global_best":
             return state, news.vector

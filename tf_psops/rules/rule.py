@@ -84,7 +84,7 @@ class Rule:
     exchange = "mean"
     """Which vector travels: "best" or "mean"."""
 
-    def init(self, position) -> Any:
+    def init(self, position: tf.Tensor) -> Any:
         """Returns a particle's state before the first synchronisation.
 
         Args:
@@ -93,7 +93,9 @@ class Rule:
         del position
         return ()
 
-    def offer(self, state, position, fitness) -> tuple[Any, Offer]:
+    def offer(
+        self, state: Any, position: tf.Tensor, fitness: tf.Tensor
+    ) -> tuple[Any, Offer]:
         """Returns a particle's new state and what it brings to a synchronisation.
 
         Args:
@@ -104,7 +106,7 @@ class Rule:
         """
         return state, Offer(position, fitness)
 
-    def factors(self, news: News, num_tensors) -> Any:
+    def factors(self, news: News, num_tensors: int) -> Any:
         """Returns what is random in the particle's moves, for `News.factors`.
 
         Apart from `move`, because XLA takes long to compile random numbers, and makes
@@ -117,7 +119,9 @@ class Rule:
         del news, num_tensors
         return None
 
-    def move(self, state, position, news: News, tensor_ids) -> tuple[Any, tf.Tensor]:
+    def move(
+        self, state: Any, position: tf.Tensor, news: News, tensor_ids: tf.Tensor
+    ) -> tuple[Any, tf.Tensor]:
         """Returns a particle's new state and its new position, [P].
 
         Args:
@@ -130,7 +134,7 @@ class Rule:
         """
         raise NotImplementedError
 
-    def agreed(self, state, vector) -> tf.Tensor:
+    def agreed(self, state: Any, vector: tf.Tensor) -> tf.Tensor:
         """Returns the position, [P], that stands for the whole swarm.
 
         It must be the same on every particle: training ends with it.
@@ -142,7 +146,7 @@ class Rule:
         del state
         return vector
 
-    def join(self, state, position) -> Any:
+    def join(self, state: Any, position: tf.Tensor) -> Any:
         """Returns the state of a particle that joins a swarm which is under way.
 
         By default that of another particle, for states that all particles share.

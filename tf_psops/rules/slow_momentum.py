@@ -5,7 +5,7 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks
-from tf_psops.rules.rule import Rule
+from tf_psops.rules.rule import News, Rule
 
 
 class SlowMomentumState(NamedTuple):
@@ -51,12 +51,12 @@ class SlowMomentum(Rule):
 
     exchange = "mean"
 
-    def __init__(self, inertia=0.5):
+    def __init__(self, inertia: float = 0.5):
         good = _checks.is_real(inertia) and 0 <= inertia < 1
         _checks.check(good, "a number from 0 to below 1", inertia=inertia)
         self.inertia = float(inertia)
 
-    def init(self, position):
+    def init(self, position: tf.Tensor) -> SlowMomentumState:
         """Returns the state of a swarm at rest."""
         return SlowMomentumState(
             position=tf.identity(position),
@@ -64,7 +64,13 @@ class SlowMomentum(Rule):
             learning_rate=tf.zeros([], position.dtype),
         )
 
-    def move(self, state, position, news, tensor_ids):
+    def move(
+        self,
+        state: SlowMomentumState,
+        position: tf.Tensor,
+        news: News,
+        tensor_ids: tf.Tensor,
+    ) -> tuple[SlowMomentumState, tf.Tensor]:
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
         ratio = tf.math.divide_no_nan(news.learning_rate, state.learning_rate)
@@ -72,7 +78,7 @@ class SlowMomentum(Rule):
         moved = state.position + velocity
         return SlowMomentumState(moved, velocity, news.learning_rate), moved
 
-    def agreed(self, state, vector):
+    def agreed(self, state: SlowMomentumState, vector: tf.Tensor) -> tf.Tensor:
         """Returns where the last synchronisation led all particles."""
         del vector
         return state.position
