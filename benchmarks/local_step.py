@@ -22,7 +22,7 @@ import tf_psops
 from benchmarks import common_flags
 from trainers import models
 
-_MODEL = flags.DEFINE_enum("model", "lenet", models.NAMES, "Network.")
+_MODEL = flags.DEFINE_enum("model", "lenet", models.IMAGE_MODELS, "Network.")
 _STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
 
 _BATCH_SIZE = 32
@@ -76,7 +76,7 @@ def measure(model="lenet", steps=100, repeats=9):
     """Measures the seconds of a local step of each side.
 
     Args:
-        model: One of `trainers.models.NAMES`. Defaults to "lenet".
+        model: One of `trainers.models.IMAGE_MODELS`. Defaults to "lenet".
         steps: Steps in each timed run. Defaults to 100.
         repeats: Timed runs of each side, alternating. Defaults to 9.
 

@@ -35,6 +35,7 @@ _FOLDERS = (
     "tf_psops/backups",
     "tf_psops/launcher",
     "trainers",
+    "trainers/datasets",
     "tests",
     "benchmarks",
 )

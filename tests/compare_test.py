@@ -136,6 +136,34 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         self.assertTrue(all(record["held_out"] for record in records))
         self.assertStartsWith((folder / "results.md").read_text(), "Held-out accuracy")
 
+    def test_text_is_compared_in_bits(self):
+        folder = pathlib.Path(self.get_temp_dir())
+        settings = {
+            **_SETTINGS,
+            **{"dataset": "python_source", "model": "transformer", "steps": 6},
+            **{"optimizer": "adamw", "weight_decay": 0.1, "clipnorm": 1.0},
+            "batch_size": 4,
+        }
+        methods, rates = ["average", "local"], [0.003, 1e-6]
+        num_failed = compare.compare(
+            settings, methods, [3], ["label"], rates, 1, folder, held_out=True
+        )
+        self.assertEqual(num_failed, 0)
+        records = json.loads((folder / "results.json").read_text())
+        self.assertLen(records, 4)
+        for record in records:
+            self.assertTrue(record["held_out"])
+            self.assertEqual(record["steps"], 6)
+            bits = record["test_loss"] / math.log(2)
+            self.assertAllClose(record["test_bits"], bits)
+            self.assertBetween(bits, 4, 9)
+        table = (folder / "results.md").read_text()
+        self.assertStartsWith(table, "Held-out bits per byte (lower is better), mean")
+        self.assertIn("`label`: each particle has packages of its own.", table)
+        self.assertIn("| average | 0.003 |", table)
+        for name in "bits_by_interval.png", "bits_by_bytes.png", "loss_by_step.png":
+            self.assertGreater((folder / name).stat().st_size, 100, name)
+
     @parameterized.parameters(
         ("--methods=average,gossip", "methods.*'gossip'.*'average'"),
         ("--methods=", "methods"),
@@ -150,6 +178,13 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         ("--learning_rates=0.1,-1", "learning_rates"),
         ("--learning_rates=fast", "learning_rates"),
         ("--seeds=0", "seeds"),
+        ("--steps=0", "steps"),
+        ("--optimizer=lion", "optimizer"),
+        ("--weight_decay=-1", "weight_decay"),
+        ("--weight_decay=nan", "weight_decay"),
+        ("--clipnorm=0", "clipnorm"),
+        ("--dataset=python_source", "dataset.*lenet.*Expected one of transformer"),
+        ("--model=transformer", "dataset.*digits.*Expected one of mlp, lenet"),
     )
     def test_refuses_flag(self, argument, name):
         with (
@@ -207,6 +242,26 @@ class ReportTest(tf.test.TestCase):
         self.assertIn("| pso | **93.00 ± 0.00** |", table)
         self.assertIn("| pso | +2.00 ± 1.00 | +2.00 ± 1.00 |", table)
         self.assertIn("over 2 seeds", table)
+
+    def test_lower_bits_are_better(self):
+        records = [
+            {**_record(method, 10, seed, 0.5), "test_bits": bits}
+            for method, runs in {"average": (3.5, 3.6), "pso": (3.4, 3.54)}.items()
+            for seed, bits in enumerate(runs)
+        ]
+        table = report.markdown(records)
+        self.assertStartsWith(table, "Test bits per byte (lower is better), mean")
+        self.assertIn("| average | 3.550 ± 0.050 |", table)
+        self.assertIn("| pso | **3.470 ± 0.070** |", table)
+        self.assertIn("| pso | -0.080 ± 0.020 | -0.080 ± 0.020 |", table)
+        self.assertIn("Difference from `average` in bits per byte", table)
+
+    def test_not_a_number_is_never_the_best(self):
+        records = [
+            {**_record("pso", 10, 0, 0.5), "learning_rate": rate, "test_bits": bits}
+            for rate, bits in ((0.1, math.nan), (0.2, 3.0), (0.3, 4.0))
+        ]
+        self.assertEqual(compare._best_rates(records), {("pso", 10, "full"): 0.2})
 
     def test_one_seed_has_no_standard_error(self):
         records = [_record("average", 10, 0, 0.90), _record("pso", 10, 0, 0.93)]

@@ -91,6 +91,27 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         right = np.load(output / "logits.npy").argmax(axis=1) == data.test_labels
         self.assertAlmostEqual(right.mean(), result["test_accuracy"], places=5)
 
+    def test_language_model(self):
+        output = pathlib.Path(self.get_temp_dir())
+        arguments = ["train", "--dataset=python_source", "--model=transformer"]
+        arguments += ["--optimizer=adamw", "--schedule=cosine", "--steps=7"]
+        arguments += ["--learning_rate=0.003", "--weight_decay=0.1", "--clipnorm=1"]
+        arguments += ["--particles=2", "--batch_size=4", "--sync_every=3"]
+        with flagsaver.flagsaver():
+            flags.FLAGS(arguments + [f"--output_dir={output}"])
+            train.main(["train"])
+        result = json.loads((output / "result.json").read_text())
+        self.assertEqual((result["steps"], result["num_syncs"]), (7, 3))
+        model = keras.models.load_model(output / "model.keras")
+        windows = datasets.load("python_source").test_windows.astype(int)
+        logits = model.predict(windows[:, :-1], verbose=0)
+        likelihood = np.take_along_axis(
+            tf.nn.log_softmax(logits).numpy(), windows[:, 1:, np.newaxis], axis=-1
+        )
+        bits = -likelihood.mean() / math.log(2)
+        self.assertBetween(bits, 4, 8)
+        self.assertAllClose(result["test_loss"], bits, rtol=1e-4)
+
     def test_repeats_bit_for_bit(self):
         arguments = {"model": "mlp", "particles": 2, "epochs": 1, "seed": 3}
         backups = pathlib.Path(self.get_temp_dir(), "backups")
@@ -131,6 +152,8 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         ("--epochs=0", "epochs"),
         ("--batch_size=0", "batch_size"),
         ("--seed=-1", "seed"),
+        ("--schedule=linear", "schedule"),
+        ("--dataset=python_source", "dataset.*Expected one of transformer"),
         ("--dataset=cifar100", "dataset"),
         ("--model=vgg", "model"),
         ("--rule=gossip", "rule"),

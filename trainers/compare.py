@@ -14,10 +14,14 @@ when it is repeated.
 A method can have arguments, of its rule or of `PSOSync`:
 `--methods="pso,pso(inertia=0.3),slowmo(inertia=0.3)"`.
 
+Text, `--dataset=python_source --model=transformer --optimizer=adamw --steps=300`, is
+compared in bits per byte; there the partition `label` gives each particle packages of
+its own.
+
 With several `--learning_rates` each method gets its own best for each interval and
-partition, chosen on a tenth of the training set that is held out for it, by the mean
-over the same seeds. With `--held_out` the comparison itself takes that tenth in place
-of the test set: to choose the constants of a rule.
+partition, chosen on a tenth of the training set (of text, of its files) that is held
+out for it, by the mean over the same seeds. With `--held_out` the comparison itself
+takes that tenth in place of the test set: to choose the constants of a rule.
 """
 
 import collections
@@ -32,7 +36,7 @@ import tensorflow as tf
 import tqdm
 from absl import app, flags, logging
 
-from trainers import common_flags, comparison, datasets, report
+from trainers import common_flags, comparison, datasets, measures, report
 from trainers.files import make_folder, write_text
 
 _METHODS = flags.DEFINE_string(
@@ -64,6 +68,10 @@ _FLAGS = (
     common_flags.PARTICLES,
     common_flags.BATCH_SIZE,
     common_flags.EPOCHS,
+    common_flags.STEPS,
+    common_flags.OPTIMIZER,
+    common_flags.WEIGHT_DECAY,
+    common_flags.CLIPNORM,
     _SEEDS,
     _HELD_OUT,
     common_flags.OUTPUT_DIR,
@@ -187,14 +195,15 @@ def _run(runner, cells, title):
 
 
 def _best_rates(records):
-    """Returns the learning rate of the highest accuracy at each place."""
-    accuracies = collections.defaultdict(lambda: collections.defaultdict(list))
+    """Returns the learning rate of the best results at each place."""
+    results = collections.defaultdict(lambda: collections.defaultdict(list))
+    measure = measures.of_records(records)
     for record in records:
         place = (record["method"], record["interval"], record["partition"])
-        accuracies[place][record["learning_rate"]].append(record["test_accuracy"])
+        results[place][record["learning_rate"]].append(measure.of(record))
     return {
-        place: max(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
-        for place, by_rate in accuracies.items()
+        place: measure.best(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
+        for place, by_rate in results.items()
     }
 
 
@@ -217,6 +226,10 @@ def main(argv):
         "batch_size": common_flags.BATCH_SIZE.value,
         "epochs": common_flags.EPOCHS.value,
         "shards_per_worker": _SHARDS.value,
+        "steps": common_flags.STEPS.value,
+        "optimizer": common_flags.OPTIMIZER.value,
+        "weight_decay": common_flags.WEIGHT_DECAY.value,
+        "clipnorm": common_flags.CLIPNORM.value,
     }
     num_failed = compare(
         settings,

@@ -12,12 +12,12 @@ import keras
 import numpy as np
 
 import tf_psops
-from trainers import datasets, evaluation, models
+from trainers import datasets, evaluation, measures, models, optimizers
 from trainers.files import write_text
 from trainers.rules import RULES
 
 HELD_OUT = 0.1
-"""The share of the training set that learning rates are chosen on."""
+"""The share of the training set, of text of its files, to choose learning rates on."""
 
 METHODS = ("local", "ssgd", *RULES)
 """All methods: also none at all, and gradients all-reduced at every step."""
@@ -117,8 +117,8 @@ class Comparison:
     """Runs cells of one comparison in this process, one after the other.
 
     All methods have the same initial weights and the same batches for the same seed
-    and particle, and the same optimizer: SGD with momentum 0.9, whose learning rate
-    rises over the first twentieth of the steps and falls to 0 by a cosine.
+    and particle, and the same optimizer, whose learning rate rises over the first
+    twentieth of the steps and falls to 0 by a cosine.
 
     Args:
         dataset: One of `datasets.NAMES`.
@@ -127,6 +127,10 @@ class Comparison:
         batch_size: Examples per particle and step.
         epochs: Passes of the whole swarm over the training data.
         shards_per_worker: Label shards per particle of the partition "label".
+        steps: If given, the local steps of each particle, in place of `epochs`.
+        optimizer: One of `optimizers.NAMES`. Defaults to "sgd".
+        weight_decay: See `optimizers.make`. Defaults to 0.
+        clipnorm: See `optimizers.make`. Defaults to `None`.
         data_dir: Folder of TensorFlow Datasets. Defaults to its own default.
     """
 
@@ -138,10 +142,16 @@ class Comparison:
         batch_size,
         epochs,
         shards_per_worker,
+        steps=None,
+        optimizer="sgd",
+        weight_decay=0.0,
+        clipnorm=None,
         data_dir=None,
     ):
         self._model_name = model
-        self._epochs = epochs
+        self._duration = {"epochs": epochs, "steps": steps}
+        self._optimizer = (optimizer, weight_decay, clipnorm)
+        self._measure = measures.of_dataset(dataset)
         self._shards = shards_per_worker
         self._swarm = {"num_particles": particles, "batch_size": batch_size}
         # Before TensorFlow Datasets, which would initialise TensorFlow's devices.
@@ -150,16 +160,11 @@ class Comparison:
             for share in (False, True)
         }
         data = datasets.load(dataset, data_dir)
-        self._data = {False: data, True: _hold_out(data)}
+        self._data = {False: data, True: data.hold_out(HELD_OUT)}
         self._compiled = {}
         self._initial_weights = functools.cache(
             lambda seed: self._build(seed).get_weights()
         )
-
-    def steps(self, held_out=False):
-        """Returns the local steps of a run."""
-        examples = len(self._data[held_out].train_labels)
-        return self._epochs * datasets.steps_per_epoch(examples, **self._swarm)
 
     def run(self, cell):
         """Trains one cell.
@@ -171,7 +176,10 @@ class Comparison:
             Its record: a dict that JSON can hold.
         """
         data = self._data[cell.held_out]
-        steps = self.steps(cell.held_out)
+        epochs, steps_per_epoch, passes = datasets.duration(
+            len(data.train_labels), **self._duration, **self._swarm
+        )
+        steps = epochs * steps_per_epoch
         network, sync = self._compile(cell, steps)
         _start_anew(network, self._initial_weights(cell.seed))
         test = datasets.test_dataset(data, batch_size=500)
@@ -184,35 +192,34 @@ class Comparison:
         network.fit(
             datasets.train_dataset(
                 data,
-                epochs=self._epochs,
+                epochs=passes,
                 seed=cell.seed,
                 partition=cell.partition,
                 shards_per_worker=self._shards,
                 **self._swarm,
             ),
-            epochs=self._epochs,
-            steps_per_epoch=steps // self._epochs,
+            epochs=epochs,
+            steps_per_epoch=steps_per_epoch,
             shuffle=False,
             verbose=0,
             callbacks=callbacks,
         )
         seconds = time.perf_counter() - start
-        particles_accuracy = float(
-            np.mean([score.accuracy for score in particle_evaluation.scores])
+        particles = evaluation.Score(
+            *np.mean(particle_evaluation.scores, axis=0).tolist()
         )
         score = evaluation.evaluate_swarm(network, test)
         if cell.method == "local":  # There is no agreed model.
-            score = evaluation.Score(
-                float(np.mean([s.loss for s in particle_evaluation.scores])),
-                particles_accuracy,
-            )
+            score = particles
         syncs = steps if cell.method == "ssgd" else sync.num_syncs if sync else 0
         weights = sum(int(np.prod(v.shape)) for v in network.trainable_variables)
         return {
             **cell._asdict(),
             "test_accuracy": score.accuracy,
             "test_loss": score.loss,
-            "swarm_mean_accuracy": particles_accuracy,
+            **({"test_bits": score.bits} if self._measure is measures.BITS else {}),
+            "swarm_mean_loss": particles.loss,
+            "swarm_mean_accuracy": particles.accuracy,
             "bytes_per_worker": sync.bytes_moved if sync else syncs * weights * 4,
             "syncs": syncs,
             "seconds": seconds,
@@ -229,14 +236,10 @@ class Comparison:
             keras.backend.clear_session()
             with self._strategies[cell.method == "ssgd"].scope():
                 network = self._build(seed=0)
-                schedule = keras.optimizers.schedules.CosineDecay(
-                    0.0,
-                    steps - steps // 20,
-                    warmup_target=cell.learning_rate,
-                    warmup_steps=steps // 20,
-                )
+                name, *options = self._optimizer
+                schedule = optimizers.warmup_cosine(cell.learning_rate, steps)
                 network.compile(
-                    optimizer=keras.optimizers.SGD(schedule, momentum=0.9),
+                    optimizer=optimizers.make(name, schedule, *options),
                     loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
                 )
             self._compiled[key] = network, make_sync(cell.method, cell.interval)
@@ -244,9 +247,7 @@ class Comparison:
 
     def _build(self, seed):
         data = self._data[False]
-        return models.build(
-            self._model_name, data.train_images.shape[1:], data.num_classes, seed
-        )
+        return models.build(self._model_name, data.input_shape, data.num_classes, seed)
 
 
 class Runner:
@@ -303,29 +304,18 @@ class Runner:
         record["settings"] = self._settings
         self._done[cell] = record
         write_text(self._path, json.dumps(list(self._done.values()), indent=1) + "\n")
+        measure = measures.of_records([record])
         report(
             f"{cell.method}, n={cell.interval}, {cell.partition}, "
             f"lr={cell.learning_rate:g}, seed={cell.seed}: "
-            f"{100 * record['test_accuracy']:.2f} % in {record['seconds']:.0f} s"
+            f"{measure.text(measure.of(record))} {measure.name} in "
+            f"{record['seconds']:.0f} s"
         )
         return record
 
 
 def _cell_of(record):
     return Cell(**{field: record[field] for field in Cell._fields})
-
-
-def _hold_out(data):
-    """Returns the training set split into a smaller one and a held-out test set."""
-    order = np.random.default_rng(0).permutation(len(data.train_labels))
-    cut = int(len(order) * (1 - HELD_OUT))
-    train, held_out = order[:cut], order[cut:]
-    return data._replace(
-        train_images=data.train_images[train],
-        train_labels=data.train_labels[train],
-        test_images=data.train_images[held_out],
-        test_labels=data.train_labels[held_out],
-    )
 
 
 def _start_anew(network, weights):

@@ -1,5 +1,6 @@
 """The loss and accuracy of each particle of a swarm, and of its agreed model."""
 
+import math
 from typing import NamedTuple
 
 import keras
@@ -10,12 +11,17 @@ class Score(NamedTuple):
     """How well one set of weights does on a data set.
 
     Attributes:
-        loss: Mean cross-entropy of an example.
-        accuracy: Share of the examples that are classified right, 0 to 1.
+        loss: Mean cross-entropy of an example, or of a byte of text, in nats.
+        accuracy: Share of them that are told right, 0 to 1.
     """
 
     loss: float
     accuracy: float
+
+    @property
+    def bits(self):
+        """Returns the loss in bits."""
+        return self.loss / math.log(2)
 
 
 def evaluate_swarm(model, dataset):
@@ -23,12 +29,12 @@ def evaluate_swarm(model, dataset):
 
     Args:
         model: A `keras.Model` that gives logits.
-        dataset: A `tf.data.Dataset` of batches of images and labels.
+        dataset: A `tf.data.Dataset` as `datasets.test_dataset` makes it.
 
     Returns:
         A `Score`; after training it is the same on every worker.
     """
-    totals = _totals(dataset, lambda images, labels: _count(model, images, labels))
+    totals = _totals(dataset, lambda inputs, labels: _count(model, inputs, labels))
     return _score(totals.numpy())
 
 
@@ -39,15 +45,15 @@ def evaluate_particles(model, dataset):
 
     Args:
         model: A `keras.Model` that gives logits, made under a `SwarmStrategy`.
-        dataset: A `tf.data.Dataset` of batches of images and labels.
+        dataset: A `tf.data.Dataset` as `datasets.test_dataset` makes it.
 
     Returns:
         A list of `Score`, one for each particle of all workers.
     """
     strategy = model.distribute_strategy
 
-    def on_all_replicas(images, labels):
-        counts = strategy.run(lambda: _count(model, images, labels))
+    def on_all_replicas(inputs, labels):
+        counts = strategy.run(lambda: _count(model, inputs, labels))
         return tf.stack(strategy.experimental_local_results(counts))
 
     local = _totals(dataset, on_all_replicas)
@@ -63,7 +69,7 @@ class ParticleEvaluation(keras.callbacks.Callback):
     It must stand before `PSOSync` in the list of callbacks.
 
     Args:
-        dataset: A `tf.data.Dataset` of batches of images and labels.
+        dataset: A `tf.data.Dataset` as `datasets.test_dataset` makes it.
 
     Attributes:
         scores: A list of `Score`, one for each particle.
@@ -79,14 +85,14 @@ class ParticleEvaluation(keras.callbacks.Callback):
 
 
 def _totals(dataset, count):
-    """Returns the sum of `count(images, labels)` over the batches of a data set."""
+    """Returns the sum of `count(inputs, labels)` over the batches of a data set."""
     count = tf.function(count, reduce_retracing=True, autograph=False)
-    return tf.add_n([count(images, labels) for images, labels in dataset])
+    return tf.add_n([count(inputs, labels) for inputs, labels in dataset])
 
 
-def _count(model, images, labels):
+def _count(model, inputs, labels):
     """Returns [sum of losses, right answers, examples] of one batch."""
-    logits = tf.cast(model(images, training=False), tf.float32)
+    logits = tf.cast(model(inputs, training=False), tf.float32)
     losses = tf.nn.sparse_softmax_cross_entropy_with_logits(labels, logits)
     right = tf.equal(tf.argmax(logits, axis=-1, output_type=labels.dtype), labels)
     return tf.stack(

@@ -12,7 +12,7 @@ matplotlib.use("Agg")  # Files only: no display is needed.
 
 from matplotlib import pyplot as plt  # noqa: E402
 
-from trainers import comparison  # noqa: E402
+from trainers import comparison, measures  # noqa: E402
 
 # Okabe & Ito's colours, which colour-blind readers can tell apart, and markers.
 _STYLES = {
@@ -29,48 +29,48 @@ _MARKERS = "v<>dh8Hx+1234"  # Of methods with arguments.
 
 
 def markdown(records):
-    """Writes the test accuracies as Markdown tables.
+    """Writes how well the methods have ended as Markdown tables.
 
     Args:
         records: A list of records of `comparison.Comparison.run`.
 
     Returns:
-        A table of mean +- standard error in percent, the best of each column in
-        bold, and tables of each method's difference from "average" and "slowmo",
-        paired by seed.
+        A table of mean +- standard error, the best of each column in bold, and tables
+        of each method's difference from "average" and "slowmo", paired by seed.
     """
+    measure = measures.of_records(records)
     cells = _by_cell(records)
     methods = _methods(records)
     columns = _columns(records)
     seeds = {len(runs) for runs in cells.values()}
     texts = {method: [] for method in methods}
-    kind = "Held-out" if records[0]["held_out"] else "Test"
     lines = [
-        f"{kind} accuracy in percent, mean ± standard error over {_range(seeds)} "
-        "seeds.",
+        f"{_kind(records)} {measure.name}, mean ± standard error over {_range(seeds)} "
+        f"seeds.{_partitions(records)}",
         "",
         *_head(columns),
     ]
     for column in columns:
         stands = {
             method: [
-                100 * run["test_accuracy"]
+                measure.of(run)
                 for run in cells.get((method, *_place(method, column)), {}).values()
             ]
             for method in methods
         }
-        best = max(statistics.mean(values) for values in stands.values() if values)
+        means = [statistics.mean(values) for values in stands.values() if values]
+        best = measure.best(means, key=float)
         for method, values in stands.items():
             text = ""
             if values:
                 mean = statistics.mean(values)
-                text = f"{mean:.2f}{_with(_standard_error(values))}"
+                text = measure.text(mean) + _with(_standard_error(values), measure)
                 text = f"**{text}**" if mean == best else text
             texts[method].append(text)
     lines += [_row(method, texts[method]) for method in methods]
     for peer in ("average", "slowmo"):
         if peer in methods and len(methods) > 1:
-            lines += ["", *_differences(cells, methods, columns, peer)]
+            lines += ["", *_differences(cells, methods, columns, peer, measure)]
     return "\n".join(lines) + "\n"
 
 
@@ -122,15 +122,16 @@ def plot_all(records, folder):
         records: A list of records of `comparison.Comparison.run`.
         folder: A `pathlib.Path`.
     """
-    _plot_accuracy(records, folder / "accuracy_by_interval.png", by_bytes=False)
-    _plot_accuracy(records, folder / "accuracy_by_bytes.png", by_bytes=True)
+    name = measures.of_records(records).file
+    _plot_measure(records, folder / f"{name}_by_interval.png", by_bytes=False)
+    _plot_measure(records, folder / f"{name}_by_bytes.png", by_bytes=True)
     _plot_loss(records, folder / "loss_by_step.png")
 
 
-def _differences(cells, methods, columns, peer):
+def _differences(cells, methods, columns, peer, measure):
     """Returns the table of differences from a peer; the last column is their mean."""
     lines = [
-        f"Difference from `{peer}` in percentage points, paired by seed, ± standard "
+        f"Difference from `{peer}` in {measure.unit}, paired by seed, ± standard "
         "error; the last column is the mean over the cells.",
         "",
         *_head(columns, "all cells"),
@@ -143,7 +144,7 @@ def _differences(cells, methods, columns, peer):
             runs = cells.get((method, *_place(method, column)), {})
             peers = cells.get((peer, *_place(peer, column)), {})
             pairs = [
-                100 * (run["test_accuracy"] - peers[seed]["test_accuracy"])
+                measure.of(run) - measure.of(peers[seed])
                 for seed, run in runs.items()
                 if seed in peers
             ]
@@ -152,15 +153,18 @@ def _differences(cells, methods, columns, peer):
                 continue
             means.append(statistics.mean(pairs))
             errors.append(_standard_error(pairs))
-            texts.append(f"{means[-1]:+.2f}{_with(errors[-1])}")
+            text = measure.text(means[-1], "+") + _with(errors[-1], measure)
+            texts.append(text)
         if means:
             error = math.hypot(*errors) / len(errors)
-            texts.append(f"{statistics.mean(means):+.2f}{_with(error)}")
+            mean = measure.text(statistics.mean(means), "+")
+            texts.append(mean + _with(error, measure))
         lines.append(_row(method, texts))
     return lines
 
 
-def _plot_accuracy(records, path, by_bytes):
+def _plot_measure(records, path, by_bytes):
+    measure = measures.of_records(records)
     cells = _by_cell(records)
     styles = _styles(records)
     partitions = list(dict.fromkeys(r["partition"] for r in records))
@@ -171,7 +175,7 @@ def _plot_accuracy(records, path, by_bytes):
             if not keys:
                 continue
             runs = [list(cells[key].values()) for key in keys]
-            values = [[100 * r["test_accuracy"] for r in group] for group in runs]
+            values = [[measure.of(run) for run in group] for group in runs]
             mean = np.array([statistics.mean(v) for v in values])
             error = np.array([_standard_error(v) for v in values])
             style = styles[method]
@@ -206,7 +210,7 @@ def _plot_accuracy(records, path, by_bytes):
             if by_bytes
             else "synchronisation interval (steps)"
         )
-        axis.set_ylabel("test accuracy (%)")
+        axis.set_ylabel(f"{_kind(records).lower()} {measure.name}")
     _save(figure, axes, path)
 
 
@@ -316,8 +320,21 @@ def _place(method, column):
     return comparison.interval_of(method, interval), partition
 
 
-def _with(error):
-    return "" if math.isnan(error) else f" ± {error:.2f}"
+def _kind(records):
+    return "Held-out" if records[0]["held_out"] else "Test"
+
+
+def _partitions(records):
+    """Returns what a caption has to say about the partitions."""
+    if measures.of_records(records) is measures.BITS and any(
+        record["partition"] == "label" for record in records
+    ):
+        return " `label`: each particle has packages of its own."
+    return ""
+
+
+def _with(error, measure):
+    return "" if math.isnan(error) else f" ± {measure.text(error)}"
 
 
 def _standard_error(values):

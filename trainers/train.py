@@ -1,10 +1,14 @@
-r"""Trains an image classifier with a swarm.
+r"""Trains a classifier of images, or a language model, with a swarm.
 
 ```bash
 python -m trainers.train --dataset=digits --particles=4 --output_dir=runs/digits
 python -m tf_psops.launch --num_workers=4 -- \
     python -m trainers.train --dataset=mnist --epochs=1
+python -m trainers.train --dataset=python_source --model=transformer --steps=300 \
+    --optimizer=adamw --learning_rate=0.003 --schedule=cosine --batch_size=8
 ```
+
+The loss of text is in bits per byte.
 """
 
 import json
@@ -22,7 +26,13 @@ _RULE = flags.DEFINE_enum("rule", "pso", tuple(RULES), "Synchronisation rule.")
 _SYNC_EVERY = flags.DEFINE_integer(
     "sync_every", 10, "Local steps between two synchronisations.", lower_bound=1
 )
-_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.05, "Learning rate of SGD.")
+_LEARNING_RATE = flags.DEFINE_float("learning_rate", 0.05, "Highest learning rate.")
+_SCHEDULE = flags.DEFINE_enum(
+    "schedule",
+    "constant",
+    training.SCHEDULES,
+    "The learning rate's; cosine rises over a twentieth of the steps and falls to 0.",
+)
 _SEED = flags.DEFINE_integer(
     "seed", 0, "Seed of weights, data order and rule.", lower_bound=0
 )
@@ -40,8 +50,13 @@ _FLAGS = (
     _SYNC_EVERY,
     common_flags.PARTICLES,
     common_flags.EPOCHS,
+    common_flags.STEPS,
     common_flags.BATCH_SIZE,
+    common_flags.OPTIMIZER,
     _LEARNING_RATE,
+    _SCHEDULE,
+    common_flags.WEIGHT_DECAY,
+    common_flags.CLIPNORM,
     _SEED,
     common_flags.OUTPUT_DIR,
     _BACKUP_DIR,

@@ -1,6 +1,7 @@
-"""Trains an image classifier with a swarm: the function behind `trainers.train`."""
+"""Trains a network with a swarm: the function behind `trainers.train`."""
 
 import json
+import operator
 import os
 import pathlib
 import sys
@@ -10,9 +11,11 @@ from typing import NamedTuple
 import keras
 
 import tf_psops
-from trainers import datasets, evaluation, models
+from trainers import datasets, evaluation, models, optimizers
 from trainers.files import make_folder, write_text
 from trainers.rules import RULES
+
+SCHEDULES = ("constant", "cosine")
 
 
 class Result(NamedTuple):
@@ -20,10 +23,10 @@ class Result(NamedTuple):
 
     Attributes:
         test_accuracy: Accuracy of the swarm's agreed model on the test set, 0 to 1.
-        test_loss: Its mean cross-entropy on the test set.
+        test_loss: Its mean cross-entropy on the test set, of text in bits per byte.
         particle_test_accuracies: The accuracy of each particle before the swarm
             agreed on one model.
-        particle_test_losses: Their mean cross-entropies.
+        particle_test_losses: Their mean cross-entropies, likewise.
         num_particles: Number of particles, on all workers.
         num_syncs: Number of synchronisations.
         sync_seconds: Wall seconds that this worker spent in them.
@@ -51,31 +54,45 @@ def train(
     sync_every=10,
     particles=None,
     epochs=10,
+    steps=None,
     batch_size=32,
+    optimizer="sgd",
     learning_rate=0.05,
+    schedule="constant",
+    weight_decay=0.0,
+    clipnorm=None,
     seed=0,
     output_dir=None,
     backup_dir=None,
     elastic=False,
 ):
-    """Trains an image classifier with a swarm and evaluates it on the test set.
+    """Trains a classifier or a language model with a swarm, and tests it.
 
     With `TF_CONFIG` set, every worker calls it with the same arguments and is one
-    particle; otherwise all particles live in this process. Training is SGD with
-    momentum 0.9. The chief shows the progress and writes the files.
+    particle; otherwise all particles live in this process. The chief shows the
+    progress and writes the files.
 
     Args:
         dataset: One of `trainers.datasets.NAMES`. Defaults to "digits".
-        data_dir: Where TensorFlow Datasets keeps the other ones. Defaults to
+        data_dir: Where TensorFlow Datasets keeps its own. Defaults to
             `~/tensorflow_datasets`.
-        model: One of `trainers.models.NAMES`. Defaults to "lenet".
+        model: One of `trainers.models.NAMES`, "transformer" for text and the others for
+            images. Defaults to "lenet".
         rule: One of `trainers.rules.RULES`. Defaults to "pso".
         sync_every: Local steps between two synchronisations. Defaults to 10.
         particles: Number of particles. Defaults to 4, or under `TF_CONFIG` to the
             number of workers, the only one possible there.
         epochs: Passes of the whole swarm over the training data. Defaults to 10.
+        steps: If given, the local steps of each particle, in place of `epochs`; they
+            count as one epoch.
         batch_size: Examples per particle and step. Defaults to 32.
-        learning_rate: That of each particle. Defaults to 0.05.
+        optimizer: That of each particle, one of `trainers.optimizers.NAMES`. Defaults
+            to "sgd".
+        learning_rate: The highest learning rate. Defaults to 0.05.
+        schedule: "constant", or "cosine" for `optimizers.warmup_cosine`. Defaults to
+            "constant".
+        weight_decay: See `optimizers.make`. Defaults to 0.
+        clipnorm: See `optimizers.make`. Defaults to `None`.
         seed: Seed of the initial weights, the order of the data and the rule.
             Defaults to 0.
         output_dir: Folder for `metrics.jsonl`, `result.json`, `model.keras` and
@@ -100,6 +117,10 @@ def train(
     print(result.test_accuracy)
     ```
     """
+    if schedule not in SCHEDULES:
+        raise ValueError(
+            f"Unknown `schedule`. Received: {schedule!r}. Expected: {SCHEDULES}."
+        )
     if rule not in RULES:
         raise ValueError(
             f"Unknown `rule`. Received: {rule!r}. Expected: {list(RULES)}."
@@ -114,14 +135,17 @@ def train(
 
     data = datasets.load(dataset, data_dir)
     swarm = {"num_particles": strategy.num_replicas_in_sync, "batch_size": batch_size}
-    steps = datasets.steps_per_epoch(len(data.train_labels), **swarm)
+    epochs, steps, passes = datasets.duration(
+        len(data.train_labels), epochs=epochs, steps=steps, **swarm
+    )
+    rate = learning_rate
+    if schedule == "cosine":
+        rate = optimizers.warmup_cosine(rate, epochs * steps)
     test = datasets.test_dataset(data, batch_size=500)
     with strategy.scope():
-        network = models.build(
-            model, data.train_images.shape[1:], data.num_classes, seed
-        )
+        network = models.build(model, data.input_shape, data.num_classes, seed)
         network.compile(
-            optimizer=keras.optimizers.SGD(learning_rate, momentum=0.9),
+            optimizer=optimizers.make(optimizer, rate, weight_decay, clipnorm),
             loss=keras.losses.SparseCategoricalCrossentropy(from_logits=True),
             metrics=["accuracy"],
         )
@@ -138,7 +162,7 @@ def train(
         ]
     start = time.perf_counter()
     network.fit(
-        datasets.train_dataset(data, epochs=epochs, seed=seed, **swarm),
+        datasets.train_dataset(data, epochs=passes, seed=seed, **swarm),
         epochs=epochs,
         steps_per_epoch=steps,
         shuffle=False,
@@ -148,11 +172,12 @@ def train(
     train_seconds = time.perf_counter() - start
 
     score = evaluation.evaluate_swarm(network, test)
+    loss = operator.attrgetter("bits" if dataset in datasets.TEXTS else "loss")
     result = Result(
         test_accuracy=score.accuracy,
-        test_loss=score.loss,
+        test_loss=loss(score),
         particle_test_accuracies=[s.accuracy for s in particle_evaluation.scores],
-        particle_test_losses=[s.loss for s in particle_evaluation.scores],
+        particle_test_losses=[loss(s) for s in particle_evaluation.scores],
         num_particles=strategy.num_replicas_in_sync,
         num_syncs=sync.num_syncs,
         sync_seconds=sync.sync_seconds,
