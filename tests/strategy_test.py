@@ -9,6 +9,7 @@ import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
+from tensorflow.python.data.ops import multi_device_iterator_ops
 
 import tf_psops
 
@@ -115,12 +116,12 @@ class ReplicasTest(tf.test.TestCase):
         self.assertAllEqual(kernel.numpy(), _local(strategy, kernel)[0])
         self.assertAllEqual(model.get_weights()[0], _local(strategy, kernel)[0])
 
-    def test_batches_reach_the_replicas_without_tuning(self):
+    def test_batches_reach_gpus_without_tuning(self):
         # The end of a tuned iterator may wait for up to a minute.
-        strategy = _strategy()
+        devices = _strategy().extended.worker_devices
         data = tf.data.Dataset.range(12).batch(_PARTICLES)
-        (host,) = iter(strategy.experimental_distribute_dataset(data))._iterators
-        iterators = host._iterator._device_iterators
+        host = multi_device_iterator_ops.OwnedMultiDeviceIterator(data, devices)
+        iterators = host._device_iterators
         self.assertLen(iterators, _PARTICLES)
         for iterator in iterators:
             self.assertIs(iterator._dataset.options().autotune.enabled, False)

@@ -23,6 +23,12 @@ class SwarmStrategy(tf.distribute.Strategy):
     where Keras itself asks for a number of the whole swarm: the metrics at the end
     of an epoch and of an evaluation.
 
+    Every worker must be given all the data, in the form of any input of Keras, and
+    takes its share of the rows of each batch: arrays, `tf.data` (which is sharded by
+    files where it reads enough of them), a `PyDataset` or a generator, which every
+    worker draws all batches of. `evaluate` adds the shares up; `predict` takes all rows
+    on every worker.
+
     A variable read outside the replicas gives the copy of the worker's first
     replica, without asking another worker.
 

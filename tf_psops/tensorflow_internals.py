@@ -8,31 +8,43 @@ Private names used, and why no public one serves:
     variables and the input pipeline of `MultiWorkerMirroredStrategy`. Keras 3
     takes a path that fails for instances of the public class (keras issue 20585),
     so the public class cannot be the base.
-  * `input_util.get_distributed_dataset` is what `experimental_distribute_dataset`
-    calls; the public one refuses the options that a single CPU is fastest with.
+  * `input_util.get_distributed_dataset` shares rows out to the workers for
+    `experimental_distribute_dataset`, which would hand them to several local CPUs by
+    an iterator that may crash. `distribute.compute_batch_size` and `values.PerReplica`
+    serve for the way without it.
+  * `Dataset._functions` and `Dataset._inputs` tell which data sets run Python code.
+  * `TensorFlowTrainer.predict` and `_maybe_symbolic_build`: where Keras decides which
+    rows a model predicts, and draws a batch to build it.
   * `context.context().configure_coordination_service` is the only place where
     the time-out for a peer that never starts can be set.
   * `context.context().report_error_to_cluster` and `abort_collective_ops` alone end
     collectives that wait; `check_collective_ops_peer_health` tells which of them can.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
-    batches to several local devices. See `_without_tuning`.
+    batches to several local GPUs. See `_without_tuning`.
 """
 
+import contextvars
 import functools
 import inspect
 import itertools
+import weakref
 
 import keras
 import numpy as np
 import tensorflow as tf
+from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
+from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.data.ops import multi_device_iterator_ops
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
     input_util,
     multi_worker_util,
+    values,
 )
 from tensorflow.python.eager import context
+
+from tf_psops import local_batches
 
 _SEED_STRIDE = 1_000_003
 
@@ -64,6 +76,10 @@ multi_device_iterator_ops._create_device_dataset = _without_tuning(
 )
 
 
+# Whether a data set is to give all rows to every worker, and not a share to each.
+_every_row = contextvars.ContextVar("every_row", default=False)
+
+
 class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     """Replicas that share a cluster and start equal, and then train apart."""
 
@@ -79,6 +95,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         self._swarm_devices = devices
         self._share_gradients = share_gradients
         self._startup_timeout = startup_timeout
+        self._shared_out = weakref.WeakSet()  # Data sets that are shared out already.
         # The base class asks its strategy for it.
         strategy._collective_key_base = next(_collective_key_bases)
         super().__init__(strategy, cluster_resolver, communication_options)
@@ -231,28 +248,61 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         return False
 
     def _experimental_distribute_dataset(self, dataset, options):
-        """Reads a single CPU's data without the iterator for several devices.
+        """Shares the rows out to the workers, and there to the local devices.
 
-        That one prefetches to devices, which a CPU has no use for, and takes half a
-        millisecond a step.
+        Between several CPU devices without the base class' iterator: its thread may
+        read a data set that has been freed, and a new one is slow to begin.
         """
-        (device, *others) = self.worker_devices
-        if options or others or tf.DeviceSpec.from_string(device).device_type != "CPU":
+        if dataset in self._shared_out:
+            return dataset
+        per_replica = tf.distribute.InputReplicationMode.PER_REPLICA
+        if options and options.experimental_replication_mode is per_replica:
             return super()._experimental_distribute_dataset(dataset, options)
-        options = tf.distribute.InputOptions(
-            experimental_replication_mode=(
-                tf.distribute.InputReplicationMode.PER_REPLICA
-            ),
-            experimental_fetch_to_device=False,
-        )
-        return input_util.get_distributed_dataset(
-            dataset,
-            self._input_workers_with_options(options),
-            self._container_strategy(),
-            num_replicas_in_sync=self._num_replicas_in_sync,
-            input_context=self._make_input_context(),
-            options=options,
-        )
+        num_devices = len(self.worker_devices)
+        num_workers = 1 if _every_row.get() else self._num_workers
+        if num_workers * num_devices > 1:
+            local_batches.check(dataset, num_workers * num_devices)
+            dataset = _copied(dataset)
+        is_cpu = self._local_device_type == "CPU"
+        num_shares = num_workers if is_cpu else num_workers * num_devices
+        if num_shares > 1 or not is_cpu:
+            shared_out = input_util.get_distributed_dataset(
+                dataset,
+                self._input_workers_with_options(options),
+                self._container_strategy(),
+                num_replicas_in_sync=num_shares,
+                input_context=tf.distribute.InputContext(
+                    num_input_pipelines=num_workers,
+                    input_pipeline_id=0 if num_workers == 1 else self._id_in_cluster,
+                    num_replicas_in_sync=num_shares,
+                ),
+                options=options,
+            )
+            if not is_cpu:
+                return shared_out
+            (dataset,) = shared_out._cloned_datasets
+            self._shared_out.add(dataset)
+        if num_devices > 1:
+            full_size = int(distribute.compute_batch_size(dataset))
+            dataset = local_batches.split(
+                dataset, full_size, num_devices, values.PerReplica
+            )
+            self._shared_out.add(dataset)
+        return dataset
+
+    def _distribute_datasets_from_function(self, dataset_fn, options):
+        """Hands each worker's batches to its devices in turns.
+
+        Also without the base class' iterator for several CPU devices.
+        """
+        if self._local_device_type != "CPU" or options:
+            return super()._distribute_datasets_from_function(dataset_fn, options)
+        dataset = dataset_fn(self._make_input_context())
+        num_devices = len(self.worker_devices)
+        if num_devices > 1:
+            dataset = local_batches.take_turns(dataset, num_devices, values.PerReplica)
+        self._shared_out.add(dataset)
+        return dataset
 
     @property
     def num_workers(self):
@@ -261,6 +311,86 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     @property
     def worker_index(self):
         return self._id_in_cluster
+
+
+def _may_alias_arrays(dataset):
+    """Returns whether a data set may hand out the memory of the user's arrays.
+
+    What Python code returns becomes a tensor without a copy where NumPy's memory is
+    aligned. TensorFlow keeps such a tensor as it is, but writes into parts of it.
+    """
+    for function in dataset._functions():
+        graph = function.function.graph.as_graph_def()
+        nodes = itertools.chain(
+            graph.node, *(f.node_def for f in graph.library.function)
+        )
+        if any("PyFunc" in node.op for node in nodes):
+            return True
+    return any(map(_may_alias_arrays, dataset._inputs()))
+
+
+def _copied(dataset):
+    """Makes a data set hand out memory of its own where it may be the user's."""
+    if not _may_alias_arrays(dataset):
+        return dataset
+    return local_batches.map_values(
+        lambda value: tf.nest.map_structure(
+            lambda tensor: tf.raw_ops.DeepCopy(x=tensor), value, expand_composites=True
+        ),
+        dataset,
+    )
+
+
+def _predict_every_row(predict):
+    """Lets each worker of a swarm predict all rows, instead of its share of them."""
+
+    @functools.wraps(predict)
+    def predict_every_row(self, *args, **kwargs):
+        if not isinstance(self.distribute_strategy.extended, SwarmExtended):
+            return predict(self, *args, **kwargs)
+        token = _every_row.set(True)
+        try:
+            return predict(self, *args, **kwargs)
+        finally:
+            _every_row.reset(token)
+
+    return predict_every_row
+
+
+def _build_without_data(maybe_symbolic_build):
+    """Tells a model of a swarm the shapes of its batches without drawing one.
+
+    Keras would draw a batch from an iterator that it then drops, and with it what that
+    has read ahead of a generator, and one round of a shuffle.
+    """
+
+    @functools.wraps(maybe_symbolic_build)
+    def build(self, iterator=None, data_batch=None):
+        extended = self.distribute_strategy.extended
+        if iterator is not None and isinstance(extended, SwarmExtended):
+            specs = tf.nest.map_structure(
+                _first_spec, iterator._distributed_dataset.element_spec
+            )
+            known = (
+                s is None or s.shape.rank is not None for s in tf.nest.flatten(specs)
+            )
+            if all(known):
+                iterator, data_batch = None, specs
+        maybe_symbolic_build(self, iterator=iterator, data_batch=data_batch)
+
+    return build
+
+
+def _first_spec(spec):
+    """Returns the shape and type of the first replica's value, `None` without one."""
+    if isinstance(spec, values.PerReplicaSpec):
+        (spec, *_) = spec._value_specs
+    return spec if hasattr(spec, "shape") else None
+
+
+_Trainer = tensorflow_trainer.TensorFlowTrainer
+_Trainer.predict = _predict_every_row(_Trainer.predict)
+_Trainer._maybe_symbolic_build = _build_without_data(_Trainer._maybe_symbolic_build)
 
 
 def calling_list(callback):

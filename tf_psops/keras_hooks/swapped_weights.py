@@ -22,9 +22,8 @@ def speak_for_swarm(model, synchronizer):
     """Replaces the methods by which a model is evaluated, saved and set.
 
     They take the position that the swarm agreed on, whatever each particle's own is.
-    `predict` gives all rows on every worker. Files are written by the chief alone, and
-    whole: a path holds the old file or the new one at any moment. Weights that are set
-    become what the swarm agreed on.
+    Files are written by the chief alone, and whole: a path holds the old file or the
+    new one at any moment. Weights that are set become what the swarm agreed on.
 
     Args:
         model: A `keras.Model` under a `SwarmStrategy`.
@@ -33,8 +32,6 @@ def speak_for_swarm(model, synchronizer):
     strategy = model.distribute_strategy
     for name in (*_ASKED, *_SAVED, *_SET, "predict", "get_metrics_result"):
         method = getattr(type(model), name).__get__(model)
-        if name == "predict" and strategy.num_workers > 1:
-            method = _on_all_rows(method, strategy)
         if name in _SAVED:
             method = _by_chief(method, is_chief=strategy.worker_index == 0)
         if name != "get_metrics_result":
@@ -78,20 +75,6 @@ def _then_rest(method, synchronizer):
         return result
 
     return set_all
-
-
-def _on_all_rows(predict, strategy):
-    """Lets every worker predict all rows, instead of its share of them."""
-
-    @functools.wraps(predict)
-    def predict_all(x, batch_size=None, **kwargs):
-        if not isinstance(x, tf.data.Dataset):
-            x = tf.data.Dataset.from_tensor_slices(x).batch(batch_size or 32)
-        return predict(
-            strategy.distribute_datasets_from_function(lambda context: x), **kwargs
-        )
-
-    return predict_all
 
 
 def _by_chief(save, is_chief):
