@@ -30,7 +30,7 @@ def workers(folder):
     """Returns the processes that train in the folder or below: a dict to indices."""
     found = {}
     for path in pathlib.Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # It may be about to end.
             arguments = (path / "cmdline").read_text().split("\0")
             is_worker = "--" not in arguments  # As the launcher has.
             if is_worker and any(text.startswith(str(folder)) for text in arguments):
