@@ -186,6 +186,14 @@ _CASES = {
     "loss_weights": {"compile": {"loss_weights": 0.3}},
     "own_loss": {"loss": OwnLoss},
     "own_loss_function": {"loss": lambda: _own_function},
+    "own_train_step": {"model": Own, "metrics": None},
+    "own_train_step_sum": {"model": OwnSum, "metrics": None},
+    "own_train_step_per_example": {"model": OwnPerExample, "metrics": None},
+    "own_train_step_clipped": {
+        "model": Own,
+        "metrics": None,
+        "optimizer": _optimizer(clipnorm=0.05),
+    },
     "own_train_step_computes_loss": {"model": OwnComputesLoss},
     "own_train_step_scaled": {"model": OwnComputesLoss, "optimizer": _scaled()},
     "steps_per_execution": {"compile": {"steps_per_execution": 3}},
@@ -262,6 +270,7 @@ class TwoWorkersTest(tf.test.TestCase):
             "regularisers",
             "add_loss",
             "sample_weight_sum",
+            "own_train_step_clipped",
             "own_train_step_computes_loss",
         )
         expected = _fit_on_worker(names)

@@ -98,7 +98,8 @@ class PSOSync(keras.callbacks.Callback):
             whatever the collectives make of them on the wire.
         sync_seconds: Wall seconds that this worker spent in them, waiting included.
         fitness: NumPy array [W], every particle's mean training loss before the
-            last synchronisation; infinite for a particle out of order.
+            last synchronisation; infinite for a particle out of order, NaN where it is
+            unknown.
         num_sick: How many times a particle was out of order at a synchronisation: its
             loss or a weight was not finite, or it had moved a hundred times as far as
             the others, to a larger loss. It is never a best, what it brings reaches no
@@ -232,7 +233,8 @@ class PSOSync(keras.callbacks.Callback):
         fit_checks.check_scope(self.model)
         fit_checks.check_compilation(self.model)
         # A later `fit` of the same compiled model goes on with what was traced.
-        compiled = (self.model, self.model.optimizer, self.model.metrics[0])
+        loss_tracker = tensorflow_internals.means(self.model)[0]
+        compiled = (self.model, self.model.optimizer, loss_tracker)
         is_new = self._synchronized != compiled
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
         with self._meeting("the start of training"):

@@ -3,7 +3,6 @@
 import functools
 import weakref
 
-import keras
 import tensorflow as tf
 from absl import logging
 
@@ -262,11 +261,11 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     def run(self, fn, args=(), kwargs=None, options=None):
         """Runs `fn` on every replica; see `tf.distribute.Strategy.run`."""
-        model = getattr(fn, "__self__", None)
-        if isinstance(model, keras.Model) and fn.__name__ == "train_step":
-            observer = self._observers.get(model)
-            if observer is not None:
+        for model, observer in self._observers.items():
+            # It may be of any sort of callable: a method, or a `tf.function`.
+            if observer is not None and fn == model.train_step:
                 fn = observer(fn)
+                break
         return super().run(fn, args=args, kwargs=kwargs, options=options)
 
     def reduce(self, reduce_op, value, axis):

@@ -23,6 +23,7 @@ Private names used, and why no public one serves:
     batches to several local GPUs. See `_without_tuning`.
 """
 
+import contextlib
 import contextvars
 import functools
 import inspect
@@ -421,6 +422,45 @@ def updated_state(model):
         for variable in layer._non_trainable_variables
         if tf.as_dtype(variable.dtype).is_floating
     ]
+
+
+def means(model):
+    """Returns the `keras.metrics.Mean`s of a compiled model, Keras' loss tracker first.
+
+    Keras' own tracker is in `model.metrics` only as long as the model has no `metrics`
+    of its own, and a metric that `train_step` alone knows is only among what the layer
+    tracks.
+    """
+    found = {}
+    for metric in (model._loss_tracker, *model.metrics, *model._metrics):
+        if isinstance(metric, keras.metrics.Mean):
+            found.setdefault(id(metric), metric)
+    return list(found.values())
+
+
+@contextlib.contextmanager
+def noted_results(metrics):
+    """Yields a dict from the number of a metric to the results that it gives.
+
+    By these alone can it be told from which metric a `train_step` has a number.
+    """
+    given = {number: [] for number in range(len(metrics))}
+
+    def noting(number, result):
+        def noted():
+            given[number].append(result())
+            return given[number][-1]
+
+        return noted
+
+    try:
+        for number, metric in enumerate(metrics):
+            # Past Keras, which tracks what a metric is given.
+            object.__setattr__(metric, "result", noting(number, metric.result))
+        yield given
+    finally:
+        for metric in metrics:
+            object.__delattr__(metric, "result")
 
 
 def begin_at_epoch(model, epoch):

@@ -3,6 +3,7 @@
 import keras
 
 from tf_psops import strategy as strategy_lib
+from tf_psops import tensorflow_internals
 
 
 def check_strategy(model):
@@ -65,11 +66,13 @@ def check_scope(model):
             "PSOSync needs a model with an optimizer. Received: optimizer=None. "
             "Compile the model with one, inside `with strategy.scope():`."
         )
+    loss_tracker, *metrics = tensorflow_internals.means(model)
     # `optimizer.iterations` is no variable where gradients accumulate.
     made = {
         "a model": model.trainable_variables,
         "an optimizer": optimizer.variables[:1],
-        "a loss": model.metrics[0].variables,
+        "a loss": loss_tracker.variables,
+        "a metric": [v for metric in metrics for v in metric.variables],
     }
     names = {"a model": model.name, "an optimizer": type(optimizer).__name__}
     for what, variables in made.items():

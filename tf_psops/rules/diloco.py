@@ -54,6 +54,7 @@ class DiLoCo(Rule):
     """
 
     exchange = "mean"
+    needs_fitness = False
 
     def __init__(self, learning_rate: float = 0.7, momentum: float = 0.9):
         good = _checks.is_real(learning_rate) and 0 < learning_rate < float("inf")

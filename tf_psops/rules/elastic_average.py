@@ -44,6 +44,7 @@ class ElasticAverage(Rule):
     """
 
     exchange = "mean"
+    needs_fitness = False
 
     def __init__(self, beta: float = 0.9):
         good = _checks.is_real(beta) and 0 < beta <= 1

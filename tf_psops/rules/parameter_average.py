@@ -23,6 +23,7 @@ class ParameterAverage(Rule):
     """
 
     exchange = "mean"
+    needs_fitness = False
 
     def move(
         self, state: Any, position: tf.Tensor, news: News, tensor_ids: tf.Tensor

@@ -84,6 +84,9 @@ class Rule:
     exchange = "mean"
     """Which vector travels: "best" or "mean"."""
 
+    needs_fitness = True
+    """Whether it uses the fitness: if not, training may have a loss that is unknown."""
+
     def init(self, position: tf.Tensor) -> Any:
         """Returns a particle's state before the first synchronisation.
 
@@ -170,6 +173,8 @@ def check_rule(rule):
         "a `tf_psops.Rule`, such as tf_psops.CentroidSwarm()",
         rule=rule,
     )
+    good = isinstance(rule.needs_fitness, bool)
+    _checks.check(good, "True or False", **{"rule.needs_fitness": rule.needs_fitness})
     good = isinstance(rule.exchange, str) and rule.exchange in ("best", "mean")
     _checks.check(good, "'best' or 'mean'", **{"rule.exchange": rule.exchange})
     if type(rule).move is Rule.move:

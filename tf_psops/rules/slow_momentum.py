@@ -50,6 +50,7 @@ class SlowMomentum(Rule):
     """
 
     exchange = "mean"
+    needs_fitness = False
 
     def __init__(self, inertia: float = 0.5):
         good = _checks.is_real(inertia) and 0 <= inertia < 1

@@ -19,6 +19,7 @@ class CompiledRule:
     def __init__(self, rule):
         self._rule = rule
         self.exchange = rule.exchange
+        self.needs_fitness = rule.needs_fitness
         self.join = rule.join
         self.factors = rule.factors
         self.move = _xla.compiled(self._move)

@@ -2,6 +2,8 @@
 
 import tensorflow as tf
 
+from tf_psops import tensorflow_internals
+
 
 class LossTracker:
     """Counts each particle's steps and adds up its training loss and learning rate.
@@ -9,6 +11,10 @@ class LossTracker:
     Keras' own loss tracker starts anew at every epoch and evaluation, and its value
     outside the replicas is that of the whole swarm; this one is each particle's own
     and starts anew at each synchronisation.
+
+    The loss is what Keras' own tracker adds up, where the model's `train_step` updates
+    that; else what a metric of the model's own named "loss" adds up; else what
+    `train_step` returns as "loss", a metric's result or the loss of the batch.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -19,7 +25,7 @@ class LossTracker:
     """
 
     def __init__(self, strategy, model):
-        self._tracker = model.metrics[0]
+        self._means = tensorflow_internals.means(model)
         self._optimizer = model.optimizer
         with strategy.scope():
             # Steps, and since `close` steps, learning rates, loss and weight. One
@@ -27,26 +33,63 @@ class LossTracker:
             self._sums = tf.Variable(tf.zeros([5], tf.float64), trainable=False)
         self._local = strategy.experimental_local_results(self._sums)
         self._keras_sums = [
-            strategy.experimental_local_results(variable.value)
-            for variable in (self._tracker.total, self._tracker.count)
+            [
+                strategy.experimental_local_results(variable.value)
+                for variable in (mean.total, mean.count)
+            ]
+            for mean in self._means
         ]
         self.variables = self._local, self._keras_sums
         strategy.observe(model, self._observer)
 
     def _observer(self, train_step):
         def noted(data):
-            loss = tf.identity(self._tracker.total.value)
-            weight = tf.identity(self._tracker.count.value)
+            before = [_sums(mean) for mean in self._means]
             # That of this step, which moves a schedule on.
             rate = tf.cast(self._optimizer.learning_rate, tf.float64)
-            result = train_step(data)
-            loss = self._tracker.total.value - loss
-            weight = self._tracker.count.value - weight
-            row = [tf.cast(value, tf.float64) for value in (1, 1, rate, loss, weight)]
-            self._sums.assign_add(tf.stack(row))
+            with tensorflow_internals.noted_results(self._means) as results:
+                result = train_step(data)
+            gains = [_sums(mean) - sums for mean, sums in zip(self._means, before)]
+            returned = result.get("loss") if isinstance(result, dict) else None
+            loss = self._loss(returned, results, gains, data)
+            step = tf.stack([tf.cast(value, tf.float64) for value in (1, 1, rate)])
+            self._sums.assign_add(tf.concat([step, loss], axis=0))
             return result
 
         return noted
+
+    def _loss(self, returned, results, gains, data):
+        """Returns the sum and the weight of a step's loss, [2]; 0 where it is unknown.
+
+        Args:
+            returned: What the step returned as "loss", or `None`.
+            results: A dict from the number of a mean to the results that it gave.
+            gains: What each mean has gained in the step, [2].
+            data: The batch.
+        """
+        loss = tf.zeros([2], tf.float64)
+        if returned is not None:
+            source = [
+                number
+                for number, given in results.items()
+                if any(result is returned for result in given)
+            ]
+            if source == [0]:
+                return gains[0]
+            if source:
+                loss = gains[source[0]]
+            else:
+                value = tf.reduce_mean(tf.cast(returned, tf.float64))
+                rows = _num_rows(data)
+                loss = tf.stack([tf.math.multiply_no_nan(value, rows), rows])
+                # A `tf.function` hides whose result it returns.
+                for mean, gain in zip(self._means, gains):
+                    result = tf.cast(mean.result(), tf.float64)
+                    loss = tf.where((gain[1] > 0) & (value == result), gain, loss)
+        for mean, gain in reversed(list(zip(self._means, gains))):
+            if mean is self._means[0] or mean.name == "loss":
+                loss = tf.where(gain[1] > 0, gain, loss)
+        return loss
 
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
@@ -66,8 +109,12 @@ class LossTracker:
         return int(self._local[replica].numpy()[0])
 
     def mean_loss(self, replica):
-        """Returns a local replica's mean loss since `close`; NaN without a step."""
+        """Returns a local replica's mean loss since `close`; NaN if it is unknown."""
         return self._local[replica][3] / self._local[replica][4]
+
+    def knows_loss(self, replica):
+        """Returns whether a local replica's loss since `close` is known, a scalar."""
+        return self._local[replica][4] != 0
 
     def learning_rate(self, replica):
         """Returns a local replica's mean rate since `close`; 0 without a step."""
@@ -78,7 +125,20 @@ class LossTracker:
         self._local[replica][1:].assign(tf.zeros([4], tf.float64))
         # A NaN would stay in Keras' own sum, and so in all that is told from it, to
         # the end of the epoch, though the particle may be in good health from here.
-        total, count = (variables[replica] for variables in self._keras_sums)
-        sound = tf.math.is_finite(total)
-        count.assign(tf.where(sound, count, 0))
-        total.assign(tf.where(sound, total, 0))
+        for total, count in self._keras_sums:
+            sound = tf.math.is_finite(total[replica])
+            for variable in count[replica], total[replica]:
+                variable.assign(tf.where(sound, variable, 0))
+
+
+def _sums(mean):
+    """Returns the total and the count of a mean, [2]."""
+    return tf.stack([tf.cast(v.value, tf.float64) for v in (mean.total, mean.count)])
+
+
+def _num_rows(data):
+    """Returns the rows of a batch, float64, 1 where it does not begin with a tensor."""
+    first = next(part for part in tf.nest.flatten(data) if part is not None)
+    if not isinstance(first, tf.Tensor) or not first.shape.rank:
+        return tf.ones([], tf.float64)
+    return tf.cast(tf.shape(first)[0], tf.float64)

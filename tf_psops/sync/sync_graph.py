@@ -45,9 +45,10 @@ class SyncGraph:
     def report(self, wish):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [6], has its fitness, score, steps, distance from the position that
-        stands for the swarm, learning rate, and what its worker wishes. Then come
-        positions, offers, the rule's new states, and the state to be averaged.
+        A row, [6], has its fitness, NaN where it is unknown, score, steps, distance
+        from the position that stands for the swarm, learning rate, and what its worker
+        wishes. Then come positions, offers, the rule's new states, and the state to be
+        averaged.
 
         Args:
             wish: Scalar float64.
@@ -60,16 +61,18 @@ class SyncGraph:
             agreed = particles.agreed_position(replica)
             # Not finite either where an element of one of the two is not.
             distance = divergence.distance(position, agreed)
-            sound = tf.math.is_finite(loss) & tf.cond(
+            sound = tf.cond(
                 tf.math.is_finite(distance),
                 lambda: True,
                 # Then it is the rule that is out of order, which `close` tells.
                 lambda: ~divergence.is_finite(agreed),
             )
-            fitness = tf.where(sound, loss, float("inf"))
+            fitness = tf.where(sound & tf.math.is_finite(loss), loss, float("inf"))
+            # A loss that is unknown says nothing of a particle's health.
+            unknown = sound & ~self._loss_tracker.knows_loss(replica)
             state, offer = self._rule.offer(particles.state(replica), position, fitness)
             row = (
-                fitness,
+                tf.where(unknown, float("nan"), fitness),
                 offer.score,
                 self._loss_tracker.steps(replica),
                 distance,

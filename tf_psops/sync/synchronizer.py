@@ -253,6 +253,11 @@ class Synchronizer:
         table = self._collectives.tell(rows, Call.REPORT)
         fitness, scores, steps, distances, rates, wishes = table.T
         self._check_steps(steps)
+        unknown = np.isnan(fitness)
+        if unknown.any() and self._rule.needs_fitness:
+            self._check_known(unknown)
+            fitness, unknown = np.where(unknown, np.inf, fitness), unknown & False
+        fitness = np.where(unknown, 0, fitness)
         if not np.isfinite(fitness).any():
             raise FloatingPointError(
                 "No particle has a finite training loss and finite weights at "
@@ -277,7 +282,7 @@ class Synchronizer:
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
         numbers = fitness, rate, distances
-        return numbers, news, int(wishes.max()), num_bytes, travelled
+        return numbers, unknown, news, int(wishes.max()), num_bytes, travelled
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -285,15 +290,17 @@ class Synchronizer:
         A particle that has gone on since `start` keeps that way, from where it is put.
 
         Returns:
-            The fitness of every particle, a NumPy array [W].
+            The fitness of every particle, a NumPy array [W], NaN where its loss is
+            unknown.
 
         Raises:
+            ValueError: If no loss is known, and the rule needs it.
             FloatingPointError: If no particle is in good health, or the rule gives a
                 position that is not finite.
             RuntimeError: If the particles are not at the same step.
         """
         (brought, moving), self._under_way = self._under_way, None
-        numbers, self._sent, self.wish, num_bytes, travelled = moving.result()
+        numbers, unknown, self._sent, self.wish, num_bytes, travelled = moving.result()
         fitness = numbers[0]
         self.num_sick += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
@@ -305,7 +312,7 @@ class Synchronizer:
         )
         self._check_finite(finite, "move")
         self.num_syncs += 1
-        return fitness
+        return np.where(unknown & np.isfinite(fitness), np.nan, fitness)
 
     def drop(self):
         """Forgets a synchronisation that is under way; its transfer ends first."""
@@ -347,6 +354,18 @@ class Synchronizer:
                 f"different numbers of local steps: [{', '.join(met)}], in the order "
                 "of the particles. Expected the same number. Give every worker a "
                 "dataset of as many batches, and call `evaluate` on all workers."
+            )
+
+    def _check_known(self, unknown):
+        """Raises an error if no particle's loss is known."""
+        if unknown.all():
+            raise ValueError(
+                f"The rule {self._rule.name} needs the training loss of every "
+                "particle. Received: a model whose `train_step` neither updates Keras' "
+                'loss tracker, nor a `keras.metrics.Mean` named "loss" in '
+                '`model.metrics`, nor returns a loss under the name "loss". Let it '
+                'return {"loss": ...}, or take a rule that needs no fitness, such as '
+                "tf_psops.ParameterAverage()."
             )
 
     def _check_finite(self, finite, function):
