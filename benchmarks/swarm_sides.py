@@ -1,9 +1,8 @@
-"""The sides of `benchmarks.sync_step` that run on TensorFlow.
+"""The sides of `benchmarks.sync_step` that are this project's.
 
 All share one model.
 """
 
-import functools
 import json
 import os
 
@@ -18,7 +17,6 @@ _RULES = {
     # Leaves all particles on the best, as the peers' broadcasts do.
     "psops_broadcast": lambda: tf_psops.ParticleSwarm(take="global_best"),
     "psops_all_reduce": tf_psops.ParameterAverage,
-    "ring_all_reduce": tf_psops.ParameterAverage,
 }
 
 
@@ -27,7 +25,7 @@ def make(names, shapes, links):
 
     Args:
         names: Names of the sides: "psops", "psops_broadcast", "psops_all_reduce",
-            each also with "/float16", "ring_all_reduce" and "all_gather".
+            each also with "/float16".
         shapes: The shapes of the model's weights, all of them [size, size].
         links: A `benchmarks.sync_step.Links`.
 
@@ -40,24 +38,14 @@ def make(names, shapes, links):
     cluster = {"worker": links.addresses}
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
 
-    @functools.cache
-    def home(collectives):
-        options = tf.distribute.experimental.CommunicationOptions
-        strategy = tf_psops.SwarmStrategy(
-            communication_options=options(implementation=collectives),
-            startup_timeout=links.timeout,
-            timeout=links.timeout,
-        )
-        return strategy, _make_model(strategy, shapes)
-
+    strategy = tf_psops.SwarmStrategy(
+        startup_timeout=links.timeout, timeout=links.timeout
+    )
+    model = _make_model(strategy, shapes)
     sides = {}
     for name in names:
-        strategy, model = home("RING" if name == "ring_all_reduce" else "AUTO")
-        if name == "all_gather":
-            sides[name] = _AllGather(strategy, model)
-        else:
-            rule, _, payload = name.partition("/")
-            sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
+        rule, _, payload = name.partition("/")
+        sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
     return sides
 
 
@@ -81,26 +69,14 @@ class _Untrained(keras.Sequential):
         return self.test_step(data)
 
 
-class _Side:
-    def __init__(self, strategy, model):
+class _Swarm:
+    """The synchronisation of this project, by a rule."""
+
+    def __init__(self, strategy, model, rule, payload):
         self._variables = [
             strategy.experimental_local_results(variable.value)[0]
             for variable in model.trainable_variables
         ]
-
-    def prepare(self, value, loss):
-        for variable in self._variables:
-            variable.assign(tf.fill(variable.shape, value))
-
-    def weights(self):
-        return (variable.numpy() for variable in self._variables)
-
-
-class _Swarm(_Side):
-    """The synchronisation of this project, by a rule."""
-
-    def __init__(self, strategy, model, rule, payload):
-        super().__init__(strategy, model)
         self._strategy = strategy
         self._synchronizer = synchronizer.Synchronizer(
             strategy,
@@ -119,37 +95,13 @@ class _Swarm(_Side):
         self._synchronizer.begin()
 
     def prepare(self, value, loss):
-        super().prepare(value, loss)
+        for variable in self._variables:
+            variable.assign(tf.fill(variable.shape, value))
         self._step(tf.constant([[loss]]))
 
     def sync(self):
         with self._strategy.meeting("a round"):
             self._synchronizer.synchronize()
 
-
-class _AllGather(_Side):
-    """The naive design: all workers get all weights, and take the best."""
-
-    def __init__(self, strategy, model):
-        super().__init__(strategy, model)
-        self._strategy = strategy
-        self._loss = None
-
-    def prepare(self, value, loss):
-        super().prepare(value, loss)
-        self._loss = tf.constant([loss])
-
-    def sync(self):
-        self._gather(self._loss)
-
-    @tf.function(autograph=False)
-    def _gather(self, loss):
-        def gather():
-            values = [tf.identity(value) for value in (loss, *self._variables)]
-            context = tf.distribute.get_replica_context()
-            losses, *gathered = context.all_gather(values, axis=0)
-            best = tf.argmin(losses)
-            for variable, value in zip(self._variables, gathered):
-                variable.assign(tf.reshape(value, [-1, *variable.shape])[best])
-
-        self._strategy.run(gather)
+    def weights(self):
+        return (variable.numpy() for variable in self._variables)

@@ -13,7 +13,8 @@ meanwhile:
     psops_broadcast: with `ParticleSwarm(take="global_best")`, where each time another
     particle has found a better best; psops_all_reduce: with `ParameterAverage`; each
     also with float16 on the wire.
-  * ring_all_reduce: psops_all_reduce by TensorFlow's ring over gRPC instead.
+  * ring_all_reduce: `ReplicaContext.all_reduce` of every variable under TensorFlow's
+    `MultiWorkerMirroredStrategy`, whose ring goes over gRPC.
   * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
     of which all take the best worker's.
   * gloo_averager: PyTorch's `PeriodicModelAverager`; gloo_broadcast: PyTorch's
@@ -56,11 +57,17 @@ def _make_peer_sides(*args):
     return peer_sides.make(*args)
 
 
+def _make_stock_sides(*args):
+    from benchmarks import stock_sides
+
+    return stock_sides.make(*args)
+
+
 _SWARM_SIDES = ("psops", "psops_broadcast", "psops_all_reduce")
 _ROUNDED_SIDES = tuple(f"{side}/float16" for side in _SWARM_SIDES)
-_TF_SIDES = ("ring_all_reduce", "all_gather")
 _FAMILIES = {
-    _make_swarm_sides: (*_SWARM_SIDES, *_ROUNDED_SIDES, *_TF_SIDES),
+    _make_swarm_sides: (*_SWARM_SIDES, *_ROUNDED_SIDES),
+    _make_stock_sides: ("ring_all_reduce", "all_gather"),
     _make_peer_sides: ("gloo_averager", "gloo_broadcast", "tcp"),
 }
 SIDES = tuple(itertools.chain(*_FAMILIES.values()))

@@ -1,4 +1,4 @@
-"""Tests of `tf_psops.collectives`, in one process and over three."""
+"""Tests of `tf_psops.transport.collectives`, in one process and over three."""
 
 import clusters
 import numpy as np
@@ -10,19 +10,12 @@ from tf_psops.transport import collectives as collectives_lib
 
 # The last one fills several buckets, the last of them in part.
 _SIZES = (1, 10, 3_000_000)
-_GATHER, _MEAN, _BROADCAST = range(3)
 # Each with the largest relative error of rounding to it.
 _PAYLOADS = {tf.float16: 2**-11, tf.bfloat16: 2**-8}
 
 
 def _collectives(strategy):
-    return collectives_lib.Collectives(
-        strategy.extended.worker_devices,
-        strategy.num_workers,
-        strategy.worker_index,
-        strategy.communication_options,
-        strategy.wire,
-    )
+    return collectives_lib.Collectives(strategy.extended.worker_devices, strategy.group)
 
 
 def _vector(particle, size, round_number=0):
@@ -40,7 +33,7 @@ def _gather(strategy, width=3):
             tf.cast(tf.range(width), tf.float64) + 100.0 * (first + i) + start
             for i in range(len(strategy.extended.worker_devices))
         ]
-        return collectives.gather(rows, _GATHER)
+        return collectives.gather(rows)
 
     return [gather(tf.constant(start, tf.float64)).numpy() for start in (0.0, 0.25)]
 
@@ -60,7 +53,7 @@ def _mean(strategy, size, sick):
 
     @tf.function
     def mean(vectors, healthy):
-        return collectives.mean(vectors, healthy, _MEAN)
+        return collectives.mean(vectors, healthy)
 
     return [v.numpy() for v in mean(vectors, tf.constant(healthy))]
 
@@ -73,7 +66,7 @@ def _broadcast(strategy, size, rounds):
 
     @tf.function
     def broadcast(vectors, root):
-        return collectives.broadcast(vectors, root, _BROADCAST)
+        return collectives.broadcast(vectors, root)
 
     right = []
     for number, root in enumerate(rounds):
@@ -97,8 +90,8 @@ def _rounded(strategy, payload):
     def exchange(vectors, root):
         healthy = tf.fill([collectives.num_particles], True)
         return (
-            collectives.mean(vectors, healthy, _MEAN),
-            collectives.broadcast(vectors, root, _BROADCAST),
+            collectives.mean(vectors, healthy),
+            collectives.broadcast(vectors, root),
         )
 
     last = tf.constant(collectives.num_particles - 1)
@@ -124,20 +117,13 @@ def _initial_values(strategy):
     return [[copy.numpy() for copy in local(variable)] for variable in variables]
 
 
-def _work(local_devices, implementation):
+def _work(local_devices):
     """Is what each worker of a cluster does in the tests below."""
     cpu = tf.config.list_physical_devices("CPU")[0]
     tf.config.set_logical_device_configuration(
         cpu, [tf.config.LogicalDeviceConfiguration()] * local_devices
     )
-    communication = tf.distribute.experimental
-    strategy = tf_psops.SwarmStrategy(
-        [f"CPU:{i}" for i in range(local_devices)],
-        communication_options=communication.CommunicationOptions(
-            implementation=communication.CommunicationImplementation[implementation]
-        ),
-    )
-    assert (strategy.wire is None) == (implementation == "RING")
+    strategy = tf_psops.SwarmStrategy([f"CPU:{i}" for i in range(local_devices)])
     particles = strategy.num_replicas_in_sync
     rounds = [*range(particles), *reversed(range(particles)), 0, 0]
     return {
@@ -216,11 +202,11 @@ class InProcessTest(_RoundedTestCase, parameterized.TestCase):
 
 
 class ClusterTest(_RoundedTestCase, parameterized.TestCase):
-    @parameterized.parameters((3, 1, "AUTO"), (2, 2, "AUTO"), (2, 2, "RING"))
-    def test_all_workers_get_the_same(self, workers, local, implementation):
+    @parameterized.parameters((3, 1), (2, 2))
+    def test_all_workers_get_the_same(self, workers, local):
         particles = workers * local
         cases = [(size, sick) for size in _SIZES for sick in (None, 0, particles - 1)]
-        for result in clusters.run(_work, workers, local, implementation):
+        for result in clusters.run(_work, workers, local):
             shapes = [(2, 3)] * 4 + [(), (0, 3)]
             for copies, shape in zip(result["initial values"], shapes, strict=True):
                 for got in copies:  # The chief's: the number 0, and so `mine == 0`.

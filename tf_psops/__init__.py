@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         SlowMomentum,
     )
     from tf_psops.strategy import SwarmStrategy
+    from tf_psops.transport.tls import TLS
 
 _HOMES = {
     "CentroidSwarm": "rules",
@@ -36,6 +37,7 @@ _HOMES = {
     "Rule": "rules",
     "SlowMomentum": "rules",
     "SwarmStrategy": "strategy",
+    "TLS": "transport.tls",
 }
 _MODULES = ("cluster", "heartbeat", "pso_sync", "rules", "strategy")
 

@@ -8,12 +8,9 @@ The format is that of `tf.distribute.cluster_resolver.TFConfigClusterResolver`:
 https://www.tensorflow.org/guide/distributed_training#setting_up_the_tf_config_environment_variable
 """
 
-import contextlib
 import json
 import os
 import re
-import socket
-import time
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -95,6 +92,26 @@ def read_tf_config(environ: Mapping[str, str] = os.environ) -> Cluster | None:
     return Cluster(workers, _read_index(config.get("task"), jobs))
 
 
+def read_resolver(resolver: Any) -> Cluster | None:
+    """Reads the cluster from a `tf.distribute.cluster_resolver.ClusterResolver`.
+
+    Args:
+      resolver: What a cluster manager's resolver says counts as `TF_CONFIG` does.
+
+    Returns:
+      The cluster, or `None` if the resolver knows none.
+
+    Raises:
+      ValueError: If it does not describe a cluster of workers in which this process has
+        a place.
+    """
+    jobs = resolver.cluster_spec().as_dict()
+    if not jobs:
+        return None
+    task = {"type": resolver.task_type, "index": resolver.task_id}
+    return read_tf_config({"TF_CONFIG": json.dumps({"cluster": jobs, "task": task})})
+
+
 def _read_jobs(jobs: Any) -> dict[str, list[str]]:
     """Returns the checked addresses of each job of `TF_CONFIG["cluster"]`."""
     remedy = 'Expected {"worker": ["host:port", ...]}, the same in every process.'
@@ -174,32 +191,3 @@ def _expect_object(name: str, value: Any, remedy: str) -> dict[str, Any]:
 
 def _error(problem: str, received: Any, remedy: str) -> ValueError:
     return ValueError(f"TF_CONFIG: {problem}. Received: {received!r}. {remedy}")
-
-
-def wait_until_reachable(address: str, startup_timeout: float):
-    """Waits until another worker listens at its address.
-
-    Args:
-        address: The worker's "host:port".
-        startup_timeout: Seconds to wait.
-
-    Raises:
-        TimeoutError: If nothing listens there after `startup_timeout` seconds.
-    """
-    host, _, port = address.rpartition(":")
-    deadline = time.monotonic() + startup_timeout
-    while True:
-        with contextlib.suppress(OSError):
-            place = (host.strip("[]"), int(port))
-            with socket.create_connection(place, timeout=1) as connection:
-                # A port that nobody listens at can be connected to itself.
-                if connection.getsockname() != connection.getpeername():
-                    return
-        if time.monotonic() > deadline:
-            raise TimeoutError(
-                f"Not all workers started within startup_timeout={startup_timeout} "
-                f"seconds. Expected the first worker of TF_CONFIG to listen at "
-                f"{address}. Start the missing worker, or wait longer with "
-                "`startup_timeout`."
-            )
-        time.sleep(0.1)

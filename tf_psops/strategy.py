@@ -1,26 +1,29 @@
 """The strategy whose replicas are the particles of a swarm."""
 
-import functools
+import contextlib
+import os
 import weakref
 
 import tensorflow as tf
-from absl import logging
 
 from tf_psops import _checks, cluster, tensorflow_internals
-from tf_psops.transport import barrier, collectives, connections, equality
+from tf_psops.transport import equality, group, handshake, initial_values
+from tf_psops.transport import tls as tls_lib
+from tf_psops.transport.collectives import Collectives
+from tf_psops.version import __version__
 
 
 class SwarmStrategy(tf.distribute.Strategy):
     """Trains every replica apart from the others: each is one particle of a swarm.
 
     It is `tf.distribute.MultiWorkerMirroredStrategy` without the mirror: the same
-    `TF_CONFIG` cluster and the same sharding of a global batch over the replicas,
-    but every replica has its own weights, optimizer slots and non-trainable state,
-    and its gradients never leave it. All replicas start from the chief's weights;
-    only the random layers (dropout, augmentation) differ from replica to replica.
-    Between two synchronisations by `tf_psops.PSOSync` no collective runs, except
-    where Keras itself asks for a number of the whole swarm: the metrics at the end
-    of an epoch and of an evaluation.
+    `TF_CONFIG` and the same sharding of a global batch over the replicas, but every
+    replica has its own weights, optimizer slots and non-trainable state, and its
+    gradients never leave it. All replicas start from the chief's weights; only the
+    random layers (dropout, augmentation) differ from replica to replica. Between two
+    synchronisations by `tf_psops.PSOSync` no collective runs, except where Keras itself
+    asks for a number of the whole swarm: the metrics at the end of an epoch and of an
+    evaluation.
 
     Every worker must be given all the data, in the form of any input of Keras, and
     takes its share of the rows of each batch: arrays, `tf.data` (which is sharded by
@@ -28,33 +31,42 @@ class SwarmStrategy(tf.distribute.Strategy):
     worker draws all batches of. `evaluate` adds the shares up; `predict` takes all rows
     on every worker.
 
-    A variable read outside the replicas gives the copy of the worker's first
-    replica, without asking another worker.
+    A variable read outside the replicas gives the copy of the worker's first replica,
+    without asking another worker.
+
+    No TensorFlow server runs. Every worker listens at its own address of `TF_CONFIG`,
+    and nowhere else, and the workers talk over connections of the swarm's own.
+    What its members must know to get in is in the environment: a secret of the swarm in
+    `TF_PSOPS_SECRET`, or in the file that `TF_PSOPS_SECRET_FILE` names.
 
     Args:
         devices: The local devices, one particle on each, such as
             `["GPU:0", "GPU:1"]`. Defaults to all GPUs of the worker, or one CPU.
         cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`.
-            Defaults to one that reads `TF_CONFIG`; without `TF_CONFIG` the swarm
-            lives in this process.
-        communication_options: A `tf.distribute.experimental.CommunicationOptions`:
-            its implementation (ring, NCCL) holds for all collectives. Automatic, the
-            default, moves vectors between CPUs over TCP connections of the swarm's own,
-            at ports that the system chooses, where all workers can reach each other.
+            Defaults to `TF_CONFIG`; without it the swarm lives in this process.
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
-        timeout: Seconds to wait for the other workers wherever they meet after the
-            start: at a synchronisation, a metric of the whole swarm, a new variable.
-            It must be more than anything takes that one worker does alone, such as to
-            save a model. Inside a step with `share_gradients` only the time-out of
-            `communication_options` holds, for which TensorFlow keeps a thread for
-            each collective. Defaults to 1800.
         share_gradients: Whether the gradients are all-reduced at every step, for
             synchronous SGD, to compare with. The swarm then stays together without
             `PSOSync`. Defaults to `False`.
+        timeout: Seconds to wait for the other workers wherever they meet after the
+            start: at a synchronisation, a metric of the whole swarm, new variables.
+            It must be more than anything takes that one worker does alone, such as to
+            save a model. Defaults to 1800.
+        min_workers: How many workers the swarm needs to go on, at least half of all.
+            A worker that is lost, or does not come within `timeout` seconds, is dropped
+            by the others, and they go on; one that starts again, or late, joins at the
+            next synchronisation. Of two halves that cannot reach each other, the one
+            with worker 0 goes on. Defaults to `None`, all workers (or what
+            `python -m tf_psops.launch --min_workers` says): a lost one is an error on
+            the others.
+        tls: A `tf_psops.TLS` to encrypt what travels between the workers. Defaults to
+            the certificates that the environment names in `TF_PSOPS_TLS_CERTIFICATE`,
+            `TF_PSOPS_TLS_KEY` and `TF_PSOPS_TLS_AUTHORITY`, or no encryption.
 
     Raises:
-        ValueError: If `TF_CONFIG`, `devices` or a time-out is not usable; later, if the
-            workers make different variables.
+        ValueError: If `TF_CONFIG` or an argument is not usable, or the workers have
+            different ones; later, if the workers make different variables.
+        OSError: If this worker cannot listen at its address of `TF_CONFIG`.
         TimeoutError: If a worker has not started after `startup_timeout` seconds, or
             later, if it has not come after `timeout` seconds.
         RuntimeError: Later, if another worker has failed or is gone.
@@ -74,10 +86,11 @@ class SwarmStrategy(tf.distribute.Strategy):
         self,
         devices=None,
         cluster_resolver=None,
-        communication_options=None,
         startup_timeout=300.0,
         share_gradients=False,
         timeout=1800.0,
+        min_workers=None,
+        tls=None,
     ):
         _check_devices(devices)
         for name, value in ("startup_timeout", startup_timeout), ("timeout", timeout):
@@ -86,51 +99,46 @@ class SwarmStrategy(tf.distribute.Strategy):
         self.timeout = timeout
         good = isinstance(share_gradients, bool)
         _checks.check(good, "True or False", share_gradients=share_gradients)
+        good = tls is None or isinstance(tls, tls_lib.TLS)
+        _checks.check(good, "a `tf_psops.TLS`, or None", tls=tls)
         if cluster_resolver is None:
-            worker = cluster.read_tf_config()
-            if worker is not None and not worker.is_chief:
-                # TensorFlow 2.19 may wait for a missing first worker for ever.
-                cluster.wait_until_reachable(worker.workers[0], startup_timeout)
-            cluster_resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
-        if communication_options is None:
-            communication_options = tf.distribute.experimental.CommunicationOptions()
-        _checks.check(
-            isinstance(
-                cluster_resolver, tf.distribute.cluster_resolver.ClusterResolver
-            ),
-            "a `tf.distribute.cluster_resolver.ClusterResolver`, or None for TF_CONFIG",
-            cluster_resolver=cluster_resolver,
-        )
-        _checks.check(
-            # Its class makes objects of another one.
-            hasattr(communication_options, "timeout_seconds"),
-            "a `tf.distribute.experimental.CommunicationOptions`",
-            communication_options=communication_options,
-        )
-        self._observers = weakref.WeakKeyDictionary()
-        try:
-            extended = tensorflow_internals.SwarmExtended(
-                self,
-                devices,
-                cluster_resolver,
-                communication_options,
-                startup_timeout,
-                share_gradients,
+            found = cluster.read_tf_config()
+        else:
+            _checks.check(
+                isinstance(
+                    cluster_resolver, tf.distribute.cluster_resolver.ClusterResolver
+                ),
+                "a `tf.distribute.cluster_resolver.ClusterResolver`, or None for "
+                "TF_CONFIG",
+                cluster_resolver=cluster_resolver,
             )
-        except (tf.errors.DeadlineExceededError, tf.errors.UnavailableError) as error:
-            raise TimeoutError(
-                f"Not all workers started within startup_timeout={startup_timeout} "
-                f"seconds. Expected every worker of TF_CONFIG's cluster "
-                f"({cluster_resolver.cluster_spec().as_dict()}) to run and to be "
-                "reachable. Start the missing ones, or wait longer with "
-                f"`startup_timeout`. TensorFlow said: {error}"
-            ) from error
-        super().__init__(extended)
+            found = cluster.read_resolver(cluster_resolver)
+        workers, index = found or ((None,), 0)
+        min_workers = _check_min_workers(min_workers, len(workers))
+        self._observers = weakref.WeakKeyDictionary()
+        super().__init__(
+            tensorflow_internals.SwarmExtended(
+                self, devices, cluster_resolver, len(workers), index, share_gradients
+            )
+        )
         _check_existence(devices)
-        self.communication_options = communication_options
         self._equality = equality.Equality(self)
-        if self.num_workers > 1:
-            barrier.tell_of_failures()
+        self.group = None
+        if len(workers) > 1:
+            self.group = group.shared(
+                index,
+                workers,
+                min_workers,
+                startup_timeout,
+                identity={
+                    "versions of tf_psops": __version__,
+                    "local devices": len(self.extended.worker_devices),
+                },
+                secret=handshake.read_secret(),
+                tls=tls or tls_lib.read_tls(),
+            )
+            tensorflow_internals.tell_of_failures()
+        self.collectives = Collectives(self.extended.worker_devices, self.group)
 
     @classmethod
     def in_process(cls, num_particles, **kwargs):
@@ -200,53 +208,54 @@ class SwarmStrategy(tf.distribute.Strategy):
             return self.extended.replicas_per_particle
         return super().num_replicas_in_sync
 
-    def meeting(self, name):
-        """Bounds the wait for the other workers; see `meeting.meeting`."""
-        return barrier.meeting(self, name)
-
-    def check_same(self, occasion, settings, name=""):
-        """Raises an error unless all workers agree; see `agreement.Equality.check`."""
-        self._equality.check(occasion, settings, name)
-
-    @functools.cached_property
-    def wire(self):
-        """The `wire.Wire` that vectors take to the other workers, `None` without one.
-
-        All workers must ask for it at the same time first, in a `meeting`: when they
-        make their first variable.
-        """
-        automatic = tf.distribute.experimental.CommunicationImplementation.AUTO
-        device = tf.DeviceSpec.from_string(self.extended.worker_devices[0])
-        if (
-            self.num_workers == 1
-            or device.device_type != "CPU"
-            or self.communication_options.implementation != automatic
-        ):
-            return None
-        connected = connections.connect(
-            self.worker_index,
-            self.extended.hosts,
-            lambda row: collectives.tell(self, row),
-        )
-        if connected is None:
-            logging.warning(
-                "The workers of %s cannot reach each other but at the ports of the "
-                "cluster. They synchronise by TensorFlow's collectives, which takes "
-                "about twice as long. Open the other ports between them.",
-                self.extended.hosts,
-            )
-        return connected
-
-    def end_collectives(self, message):
-        """Ends what joins the workers, now and later, on all of them with an error."""
-        self.extended.end_collectives(message)
-        if vars(self).get("wire"):
-            self.wire.cut()
-
     @property
-    def is_cut_off(self):
-        """Returns whether the wire to the other workers has been cut."""
-        return bool(vars(self).get("wire") and self.wire.is_cut)
+    def is_chief(self):
+        """Tells whether this worker writes files: the lowest that is there."""
+        return self.group is None or self.group.is_chief
+
+    @contextlib.contextmanager
+    def meeting(self, name):
+        """Bounds the wait for the other workers in a `with` block that meets them.
+
+        Another error than a lost or late worker's should arise in the block on all
+        workers, if at all: nobody is told of it, unless its `is_known_to_all` says
+        `False`.
+
+        Args:
+            name: What they meet for, to name it in errors.
+
+        Raises:
+            TimeoutError: If not all workers came within `timeout` seconds.
+            RuntimeError: If another worker failed or is gone.
+        """
+        if self.group is None:
+            yield
+            return
+        try:
+            with self.group.meet(name, self.timeout):
+                yield
+        except Exception as error:
+            own = not isinstance(error, tf.errors.OpError)
+            if own and not hasattr(error, "is_known_to_all"):
+                tensorflow_internals.known_to_all(error)
+            raise
+
+    def check_same(self, occasion, settings):
+        """Raises an error unless all workers agree; see `equality.Equality.check`."""
+        self._equality.check(occasion, settings)
+
+    @contextlib.contextmanager
+    def scope(self):
+        """Makes this strategy the current one; see `tf.distribute.Strategy.scope`.
+
+        When it ends, all workers have the chief's values of the variables made in it.
+        """
+        with super().scope() as strategy:
+            yield strategy
+        made = self.extended.take_new_variables()
+        if made and self.group:
+            with tf.init_scope(), self.meeting("the chief's values of new variables"):
+                initial_values.share(self, made)
 
     def observe(self, model, observer):
         """Wraps a model's training step on every replica.
@@ -299,6 +308,24 @@ def _check_devices(devices):
         "a list of different local devices of one type, such as ['GPU:0', 'GPU:1']",
         devices=devices,
     )
+
+
+def _check_min_workers(min_workers, num_workers):
+    """Returns how many workers a swarm needs, by the argument or the launcher."""
+    if min_workers is None:
+        min_workers = os.environ.get("TF_PSOPS_MIN_WORKERS", "") or num_workers
+        with contextlib.suppress(ValueError):
+            min_workers = int(min_workers)
+    good = _checks.is_whole(min_workers) and (
+        num_workers / 2 <= min_workers <= num_workers
+    )
+    _checks.check(
+        good,
+        f"a whole number from half of the {num_workers} workers, so that a split "
+        "network never makes two swarms, to all of them",
+        min_workers=min_workers,
+    )
+    return min_workers
 
 
 def _check_existence(devices):

@@ -4,10 +4,11 @@ Everything here was checked against TensorFlow 2.19.1 with Keras 3.10 and 2.21.0
 Keras 3.15; `python -m tests.compatibility` runs the suite on both.
 Private names used, and why no public one serves:
 
-  * `CollectiveAllReduceExtended` holds the cluster set-up, the per-device
-    variables and the input pipeline of `MultiWorkerMirroredStrategy`. Keras 3
-    takes a path that fails for instances of the public class (keras issue 20585),
-    so the public class cannot be the base.
+  * `CollectiveAllReduceExtended` holds the per-device variables and the input pipeline
+    of `MultiWorkerMirroredStrategy`. Keras 3 takes a path that fails for instances of
+    the public class (keras issue 20585), so the public class cannot be the base. It is
+    made with an empty cluster, so that no TensorFlow server starts: each worker is a
+    cluster of its own to TensorFlow, and `transport` joins them.
   * `input_util.get_distributed_dataset` shares rows out to the workers for
     `experimental_distribute_dataset`, which would hand them to several local CPUs by
     an iterator that may crash. `distribute.compute_batch_size` and `values.PerReplica`
@@ -15,10 +16,6 @@ Private names used, and why no public one serves:
   * `Dataset._functions` and `Dataset._inputs` tell which data sets run Python code.
   * `TensorFlowTrainer.predict` and `_maybe_symbolic_build`: where Keras decides which
     rows a model predicts, and draws a batch to build it.
-  * `context.context().configure_coordination_service` is the only place where
-    the time-out for a peer that never starts can be set.
-  * `context.context().report_error_to_cluster` and `abort_collective_ops` alone end
-    collectives that wait; `check_collective_ops_peer_health` tells which of them can.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
     batches to several local GPUs. See `_without_tuning`.
 """
@@ -31,19 +28,16 @@ import itertools
 import weakref
 
 import keras
-import numpy as np
 import tensorflow as tf
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
-from tensorflow.compiler.xla.tsl.protobuf import coordination_config_pb2
 from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.data.ops import multi_device_iterator_ops
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
+    cross_device_ops,
     input_util,
-    multi_worker_util,
     values,
 )
-from tensorflow.python.eager import context
 
 from tf_psops import local_batches
 
@@ -85,28 +79,34 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     """Replicas that share a cluster and start equal, and then train apart."""
 
     def __init__(
-        self,
-        strategy,
-        devices,
-        cluster_resolver,
-        communication_options,
-        startup_timeout,
-        share_gradients,
+        self, strategy, devices, cluster_resolver, num_workers, index, share_gradients
     ):
         self._swarm_devices = devices
+        self._swarm_resolver = cluster_resolver
         self._share_gradients = share_gradients
-        self._startup_timeout = startup_timeout
         self._shared_out = weakref.WeakSet()  # Data sets that are shared out already.
+        self._new_variables = []
         # The base class asks its strategy for it.
         strategy._collective_key_base = next(_collective_key_bases)
-        super().__init__(strategy, cluster_resolver, communication_options)
+        resolvers, options = tf.distribute.cluster_resolver, tf.distribute.experimental
+        super().__init__(
+            strategy,
+            resolvers.SimpleClusterResolver(tf.train.ClusterSpec({})),
+            options.CommunicationOptions(),
+        )
+        # From here on the base class counts all workers' replicas and shares inputs
+        # out; what would be a collective between workers is overridden below.
+        self._num_workers, self._id_in_cluster = num_workers, index
 
     # Called while `__init__` of the base class sets up the cluster.
 
     def _initialize_local_devices(self, cluster_resolver, worker_device):
-        """Lets the caller's devices stand for all local ones, in a cluster too."""
+        """Takes the caller's devices, or those that the caller's resolver grants."""
         if not self._swarm_devices:
-            return super()._initialize_local_devices(cluster_resolver, worker_device)
+            resolver = self._swarm_resolver
+            if resolver is None:
+                resolver = tf.distribute.cluster_resolver.TFConfigClusterResolver()
+            return super()._initialize_local_devices(resolver, worker_device)
         specs = [tf.DeviceSpec.from_string(device) for device in self._swarm_devices]
         device_type = specs[0].device_type
         devices = tuple(
@@ -114,31 +114,6 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             for spec in specs
         )
         return devices, device_type
-
-    def _initialize_multi_worker(self, cluster_resolver):
-        """Bounds the wait for the peers, which the base class leaves unbounded."""
-        cluster = multi_worker_util.normalize_cluster_spec(
-            cluster_resolver.cluster_spec()
-        )
-        self._leader = multi_worker_util.coordination_leader(cluster)
-        tasks = cluster.as_dict()
-        workers = [*tasks.get("chief", []), *tasks.get("worker", [])]
-        self.hosts = [worker.rpartition(":")[0].strip("[]") for worker in workers]
-        context.context().configure_coordination_service(
-            service_type="standalone",
-            service_leader=self._leader,
-            cluster_register_timeout_in_ms=int(self._startup_timeout * 1000),
-            coordinated_jobs=[
-                coordination_config_pb2.CoordinatedJob(
-                    name=job, num_tasks=cluster.num_tasks(job)
-                )
-                for job in ("chief", "worker")
-                if job in cluster.jobs
-            ],
-        )
-        # Else the time-out is the others' alone: the chief would wait on for ever.
-        context.context().coordination_service.cluster_register_with_barrier = True
-        super()._initialize_multi_worker(cluster_resolver)
 
     # Variables: one of its own for every replica.
 
@@ -153,24 +128,33 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if synchronization is not tf.VariableSynchronization.ON_READ:
             kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
             kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        with self._container_strategy().meeting("the chief's value of a new variable"):
-            return super()._create_variable(next_creator, **kwargs)
+        variable = super()._create_variable(next_creator, **kwargs)
+        self._new_variables.append(variable)
+        return variable
+
+    def take_new_variables(self):
+        """Returns the variables made since the last call."""
+        made, self._new_variables = self._new_variables, []
+        return made
 
     def _reduce_to(self, reduce_op, value, destinations, options):
-        with self._container_strategy().meeting("a metric of the whole swarm"):
-            return super()._reduce_to(reduce_op, value, destinations, options)
-
-    def end_collectives(self, message):
-        """Ends the collectives of all workers, now and later, with an error."""
-        try:
-            # The report would wait for a leader that hangs, with all of Python.
-            context.context().check_collective_ops_peer_health(
-                self._leader, timeout_in_ms=5000
+        """Reduces over the local devices, and then over the workers."""
+        if not isinstance(value, values.DistributedValues):
+            return cross_device_ops.reduce_non_distributed_value(
+                reduce_op, value, destinations, self._num_replicas_in_sync
             )
-            context.context().report_error_to_cluster(tf.errors.ABORTED, message)
-        except tf.errors.OpError:
-            # Some other error was first, or only this worker's can be ended.
-            context.context().abort_collective_ops(tf.errors.ABORTED, message)
+        copies = value.values
+        with tf.device(self.worker_devices[0]):
+            local = tf.add_n([tf.convert_to_tensor(copy) for copy in copies])
+        mean = reduce_op == tf.distribute.ReduceOp.MEAN
+        if mean:
+            local /= tf.cast(len(copies), local.dtype)
+        strategy = self._container_strategy()
+        if strategy.group is None:
+            return local
+        with strategy.meeting("a metric of the whole swarm"):
+            flat = strategy.collectives.reduce(tf.reshape(local, [-1]), mean)
+        return tf.reshape(flat, local.shape)
 
     # Gradients: what one replica reduces reaches only that replica.
 
@@ -191,52 +175,61 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         """Reduces over the replicas of one particle: over one, no collective runs."""
         if self.replicas_per_particle == 1:
             return value
-        return super()._replica_ctx_all_reduce(reduce_op, value, options)
+        if len(self.worker_devices) > 1:
+            value = super()._replica_ctx_all_reduce(reduce_op, value, options)
+        if not (self._share_gradients and self._container_strategy().group):
+            return value
+        mean = reduce_op == tf.distribute.ReduceOp.MEAN
+
+        def reduce(strategy, values):
+            # All local replicas have the same by now: one of them asks the others.
+            values = strategy.experimental_local_results(values)[0]
+            return self._reduce_as_one(values, mean)
+
+        if len(self.worker_devices) == 1:
+            return self._reduce_as_one(value, mean)
+        return tf.distribute.get_replica_context().merge_call(reduce, args=(value,))
+
+    def _reduce_as_one(self, values, mean):
+        """Sums tensors over the workers, all of one type in one vector."""
+        collectives = self._container_strategy().collectives
+        flat = [tf.convert_to_tensor(value) for value in tf.nest.flatten(values)]
+        reduced = list(flat)
+        for dtype in {value.dtype for value in flat}:
+            places = [i for i, value in enumerate(flat) if value.dtype == dtype]
+            parts = [tf.reshape(flat[i], [-1]) for i in places]
+            total = collectives.reduce(tf.concat(parts, axis=0), mean)
+            sizes = [tf.size(part) for part in parts]
+            for i, part in zip(places, tf.split(total, sizes, num=len(places))):
+                reduced[i] = tf.reshape(part, tf.shape(flat[i]))
+        return tf.nest.pack_sequence_as(values, reduced)
 
     # Initial values: the chief's, but a random stream of its own for every replica.
 
     def _get_variable_creator_initial_value(
         self, replica_id, device, primary_var, **kwargs
     ):
-        """Checks that the workers make the same variable, and takes the chief's value.
+        """Gives a worker's replicas one value; see `transport.initial_values`.
 
-        That goes over the swarm's own wire where there is one. And moves Keras' random
-        seeds apart, so that dropout masks differ.
+        And moves Keras' random seeds apart, so that dropout masks differ.
         """
-        make = super()._get_variable_creator_initial_value
-        name = kwargs.get("name") or ""
-
-        def initial_value():
-            value = kwargs["initial_value"]
-            if replica_id == 0 and tf.executing_eagerly():
+        if replica_id:
+            initial_value = super()._get_variable_creator_initial_value(
+                replica_id=replica_id, device=device, primary_var=primary_var, **kwargs
+            )
+        else:
+            # The base class would ask the other workers, over TensorFlow.
+            def initial_value():
+                value = kwargs["initial_value"]
                 value = value() if callable(value) else value
-                value = tf.convert_to_tensor(value, kwargs.get("dtype"))
-                shape, dtype = tuple(value.shape), value.dtype.name
-                strategy = self._container_strategy()
-                strategy.check_same(
-                    f"a new variable of shape {shape} and type {dtype}", {}, name
-                )
-                if strategy.wire:
-                    flat = value.numpy().ravel()
-                    flat = strategy.wire.broadcast(flat, 0, np.empty_like(flat))
-                    return tf.reshape(flat, value.shape)
-            made = {**kwargs, "initial_value": value}
-            return make(
-                replica_id=replica_id, device=device, primary_var=primary_var, **made
-            )()
+                value = getattr(value, "wrapped_value", value)  # Of a checkpoint.
+                return tf.convert_to_tensor(value, kwargs.get("dtype"))
 
-        if "seed_generator_state" not in name:
+        if not is_seed(kwargs.get("name") or ""):
             return initial_value
         # Later replicas copy the worker's first one, which has moved already.
-        local = len(self.worker_devices)
-        places = replica_id if replica_id else self._id_in_cluster * local
-
-        def moved():
-            seed = initial_value()
-            offset = tf.constant([places * _SEED_STRIDE % 0x7FFFFFFF, 0], tf.int64)
-            return tf.cast(tf.cast(seed, tf.int64) + offset, seed.dtype)
-
-        return moved
+        places = replica_id or self._id_in_cluster * len(self.worker_devices)
+        return lambda: move_seed(initial_value(), places)
 
     # Inputs: every worker goes on for as long as its own data lasts.
 
@@ -392,6 +385,46 @@ def _first_spec(spec):
 _Trainer = tensorflow_trainer.TensorFlowTrainer
 _Trainer.predict = _predict_every_row(_Trainer.predict)
 _Trainer._maybe_symbolic_build = _build_without_data(_Trainer._maybe_symbolic_build)
+
+
+def is_seed(name):
+    """Tells by its name whether a variable is the state of a random generator."""
+    return "seed_generator_state" in name
+
+
+def move_seed(seed, places):
+    """Returns a random seed so many replicas further on."""
+    offset = tf.constant([places * _SEED_STRIDE % 0x7FFFFFFF, 0], tf.int64)
+    return tf.cast(tf.cast(seed, tf.int64) + offset, seed.dtype)
+
+
+@functools.cache
+def tell_of_failures():
+    """Makes `fit` tell the other workers of an exception that ends it on this one.
+
+    Keras tells its callbacks nothing of it, and hands `fit` itself to none of them
+    before it runs: the method of the class has to be replaced.
+    """
+    fit = keras.Model.fit
+
+    @functools.wraps(fit)
+    def fit_or_tell(self, *args, **kwargs):
+        try:
+            return fit(self, *args, **kwargs)
+        except BaseException as error:
+            group = getattr(self.distribute_strategy, "group", None)
+            if group and not getattr(error, "is_known_to_all", False):
+                text = " ".join(f"{type(error).__name__}: {error}".split())
+                group.end(f"Worker {group.index} left `fit` with {text[:1000]}")
+            raise
+
+    keras.Model.fit = fit_or_tell
+
+
+def known_to_all(error):
+    """Returns an exception that all workers raise: nobody need be told of it."""
+    error.is_known_to_all = True
+    return error
 
 
 def calling_list(callback):

@@ -7,7 +7,6 @@ from absl import logging
 
 from tf_psops import tensorflow_internals
 from tf_psops.backups import preemption, skipped_batches, store
-from tf_psops.transport import barrier
 
 
 class Resume:
@@ -118,7 +117,7 @@ class Resume:
         if preempted:
             self._backups.wait()
             logging.warning("Leaving after SIGTERM; a backup is taken.")
-            raise barrier.known_to_all(SystemExit(preemption.EXIT_CODE))
+            raise tensorflow_internals.known_to_all(SystemExit(preemption.EXIT_CODE))
 
     def end(self, place):
         """Ends the training.

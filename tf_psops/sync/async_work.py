@@ -1,4 +1,4 @@
-"""A transfer between the workers, which training need not wait for."""
+"""Work that training need not wait for."""
 
 import threading
 
@@ -12,18 +12,19 @@ class AsyncWork:
     """
 
     def __init__(self, function, in_background):
-        self._function = function
-        self._result = self._error = None
-        # A daemon: a process may end although another worker never comes.
-        self._thread = threading.Thread(target=self._run, daemon=True)
+        self._result = self._error = self._thread = None
         if in_background:
+            # A daemon: a process may end although another worker never comes.
+            self._thread = threading.Thread(
+                target=self._run, args=(function,), daemon=True
+            )
             self._thread.start()
         else:
             self._result = function()
 
     def wait(self):
         """Waits until the function has returned or raised."""
-        if self._thread.ident:
+        if self._thread:
             self._thread.join()
 
     def result(self):
@@ -33,8 +34,8 @@ class AsyncWork:
             raise self._error
         return self._result
 
-    def _run(self):
+    def _run(self, function):
         try:
-            self._result = self._function()
+            self._result = function()
         except BaseException as error:
             self._error = error

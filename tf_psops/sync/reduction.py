@@ -3,7 +3,6 @@
 import tensorflow as tf
 
 from tf_psops import _xla
-from tf_psops.transport.collectives import Call
 
 
 class Reduction:
@@ -50,11 +49,9 @@ class Reduction:
         healthy = tf.math.is_finite(fitness)
         rounded = self._payload != self._particles.dtype
         if self._kind == "mean" and not rounded:
-            return self._collectives.mean_of_both(
-                offers, others, healthy, Call.EXCHANGE
-            )
+            return self._collectives.mean_of_both(offers, others, healthy)
         if others[0].shape[0]:
-            others = mean(others, healthy, Call.AVERAGE)
+            others = mean(others, healthy)
         last = [vector.read_value() for vector in self._particles.vector]
 
         def way(replica):
@@ -73,9 +70,9 @@ class Reduction:
 
         def broadcast():
             if not rounded:
-                return self._collectives.broadcast(offers, root, Call.EXCHANGE)
+                return self._collectives.broadcast(offers, root)
             ways = self._particles.each(way_of_root)
-            return lengthen(self._collectives.broadcast(ways, root, Call.EXCHANGE))
+            return lengthen(self._collectives.broadcast(ways, root))
 
         def stay():
             return [tf.identity(vector) for vector in last]
@@ -83,4 +80,4 @@ class Reduction:
         if self._kind == "best":
             return tf.cond(is_news, broadcast, stay), others
         ways = self._particles.each(way)
-        return lengthen(mean(ways, healthy, Call.EXCHANGE)), others
+        return lengthen(mean(ways, healthy)), others

@@ -4,7 +4,6 @@ import tensorflow as tf
 
 from tf_psops.rules import rule as rule_lib
 from tf_psops.sync import divergence
-from tf_psops.transport.collectives import Call
 
 
 class SyncGraph:
@@ -32,7 +31,7 @@ class SyncGraph:
     def begin(self):
         """Puts all particles on the first one's position, at rest."""
         starts = self._collectives.broadcast(
-            self._particles.each(self._particles.start), tf.constant(0), Call.BEGIN
+            self._particles.each(self._particles.start), tf.constant(0)
         )
 
         def begin(replica):
@@ -211,9 +210,9 @@ class SyncGraph:
                 for position, state in zip(positions, states)
             ]
             rows = [tf.cast([flag], tf.float64) for flag in finite]
-            healthy = self._collectives.gather(rows, Call.HEALTH)[:, 0] > 0
+            healthy = self._collectives.gather(rows)[:, 0] > 0
             positions, states = self._collectives.mean_of_both(
-                positions, states, healthy, Call.CLOSE
+                positions, states, healthy
             )
 
         def take(replica):

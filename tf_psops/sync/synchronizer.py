@@ -1,6 +1,7 @@
 """One synchronisation: what all particles bring, what travels, where they move."""
 
 import contextlib
+import functools
 
 import numpy as np
 import tensorflow as tf
@@ -10,7 +11,6 @@ from tf_psops.sync.compiled_rule import CompiledRule
 from tf_psops.sync.particles import Particles
 from tf_psops.sync.reduction import Reduction
 from tf_psops.sync.sync_graph import SyncGraph
-from tf_psops.transport.collectives import Call, Collectives
 
 # What a swarm has of its past besides the particles.
 _PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
@@ -45,13 +45,7 @@ class Synchronizer:
         self._strategy = strategy
         self._rule = CompiledRule(rule)
         self._delayed = delayed
-        self._collectives = Collectives(
-            strategy.extended.worker_devices,
-            strategy.num_workers,
-            strategy.worker_index,
-            strategy.communication_options,
-            strategy.wire,
-        )
+        self._collectives = strategy.collectives
         self._loss_tracker = loss_tracker.LossTracker(strategy, model)
         self._particles = Particles(
             strategy,
@@ -91,14 +85,14 @@ class Synchronizer:
         return self._particles.indices
 
     def tell(self, row):
-        """Returns what each particle's worker tells, a NumPy array [W, 3].
+        """Returns what the worker of each particle that is there tells, [W, 3].
 
         Args:
             row: Three numbers of this worker, the same for all of its particles.
         """
         self._wait()
         rows = [np.array(row, float)] * len(self.local_particles)
-        return self._collectives.tell(rows, Call.TELL)
+        return _present(self._collectives.tell(rows))
 
     def any_worker(self, flag):
         """Returns whether any worker gave `True`, on all workers the same."""
@@ -150,13 +144,15 @@ class Synchronizer:
         self.bytes_moved = 0
 
     def rehearse(self, take_mean):
-        """Synchronises and closes once, and takes it back: all is then compiled.
-
-        All workers must take part.
+        """Synchronises and closes once alone, and takes it back: all is then compiled.
 
         Args:
             take_mean: See `close`.
         """
+        with self._collectives.alone():
+            self._rehearse(take_mean)
+
+    def _rehearse(self, take_mean):
         variables = tf.nest.flatten(
             [self._particles.moved(), self._loss_tracker.variables]
         )
@@ -164,7 +160,7 @@ class Synchronizer:
         rows, positions, offers, states, own = self._graph.report(
             tf.constant(0, tf.float64)
         )
-        table = self._collectives.tell(rows, Call.REPORT)
+        table = self._collectives.tell(rows)
         healthy = tf.zeros_like(table[:, 0])
         travelled = self._reduction.travel(
             offers, own, healthy, tf.constant(0), tf.constant(True)
@@ -241,7 +237,8 @@ class Synchronizer:
             tf.constant(wish, tf.float64)
         )
         moving = async_work.AsyncWork(
-            lambda: self._travel(rows, offers, own), in_background=self._delayed
+            functools.partial(self._travel, rows, offers, own),
+            in_background=self._delayed,
         )
         self._under_way = (positions, states, own), moving
 
@@ -250,12 +247,18 @@ class Synchronizer:
 
         Nothing here changes what training sees, which may go on meanwhile.
         """
-        table = self._collectives.tell(rows, Call.REPORT)
+        return self._collectives.together(
+            functools.partial(self._travel_once, rows, offers, own), admits=True
+        )
+
+    def _travel_once(self, rows, offers, own):
+        table = self._collectives.tell(rows)
         fitness, scores, steps, distances, rates, wishes = table.T
         self._check_steps(steps)
-        unknown = np.isnan(fitness)
+        present = ~np.isnan(steps)
+        unknown = np.isnan(fitness) & present
         if unknown.any() and self._rule.needs_fitness:
-            self._check_known(unknown)
+            self._check_known(unknown[present])
             fitness, unknown = np.where(unknown, np.inf, fitness), unknown & False
         fitness = np.where(unknown, 0, fitness)
         if not np.isfinite(fitness).any():
@@ -265,7 +268,7 @@ class Synchronizer:
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
             )
         sick = divergence.have_diverged(fitness, distances)
-        fitness = np.where(sick, np.inf, fitness)
+        fitness = np.where(sick & present, np.inf, fitness)
         distances = np.where(sick, np.inf, distances)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
@@ -282,7 +285,7 @@ class Synchronizer:
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
         numbers = fitness, rate, distances
-        return numbers, unknown, news, int(wishes.max()), num_bytes, travelled
+        return numbers, unknown, news, int(np.nanmax(wishes)), num_bytes, travelled
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -290,8 +293,8 @@ class Synchronizer:
         A particle that has gone on since `start` keeps that way, from where it is put.
 
         Returns:
-            The fitness of every particle, a NumPy array [W], NaN where its loss is
-            unknown.
+            The fitness of every particle, a NumPy array [W]; infinite for one out of
+            order, NaN where its loss is unknown or its worker is not there.
 
         Raises:
             ValueError: If no loss is known, and the rule needs it.
@@ -305,7 +308,8 @@ class Synchronizer:
         self.num_sick += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
         finite = self._graph.settle(
-            *map(tf.constant, numbers),
+            tf.constant(np.where(np.isnan(fitness), np.inf, fitness)),
+            *map(tf.constant, numbers[1:]),
             *brought,
             *travelled,
             tf.constant(self.num_syncs),
@@ -341,9 +345,10 @@ class Synchronizer:
                     )
                     for replica in range(len(self.local_particles))
                 ]
-                self._check_steps(self._collectives.tell(rows, Call.REPORT)[:, 2])
+                self._check_steps(self._collectives.tell(rows)[:, 2])
 
     def _check_steps(self, steps):
+        steps = steps[~np.isnan(steps)]
         if steps.min() != steps.max():
             met = [
                 f"{int(step)}{' (end of epoch, or evaluation)' if step % 1 else ''}"
@@ -381,3 +386,8 @@ class Synchronizer:
             )
             error.is_known_to_all = False  # Only to the worker of the particle.
             raise error
+
+
+def _present(table):
+    """Returns the rows of a table that are not of a worker that is not there."""
+    return table[~np.isnan(table).all(axis=1)]

@@ -1,116 +1,67 @@
-"""What travels between the workers: a table of scalars and one flat vector.
+"""What travels between the particles: a table of scalars and one flat vector.
 
-All functions but `tell` are for the inside of one `tf.function`, outside the replicas:
-they take and give one tensor for each local device. Local replicas are joined on their
-worker first, so that one vector travels for each worker, however many replicas it
-has. All workers must call the same functions in the same order.
-
-They go through the swarm's own `wire.Wire` where there is one, and else through
-TensorFlow's collectives (NCCL, ring).
+Every worker reduces over its local replicas by itself, so that one vector leaves a
+worker. It travels through the memory of the host: particles on GPUs cost a copy to the
+host and one back.
 """
 
-import enum
-import itertools
+import contextlib
 
 import numpy as np
 import tensorflow as tf
 
-from tf_psops import _xla
-
-# Away from the keys that tf.distribute counts up from 1. All workers make their
-# `Collectives` in the same order.
-_group_keys = itertools.count(0x50530000)
-
-# TensorFlow takes an instance key for one tensor shape only: each call has a range
-# of its own.
-_KEYS_PER_CALL = 1 << 26
-
-_BUCKET_BYTES = 4 << 20
-
-
-class Call(enum.IntEnum):
-    """Which of a synchronisation's calls of `Collectives` it is, 0 to 31."""
-
-    BEGIN = enum.auto()
-    TELL = enum.auto()
-    REPORT = enum.auto()
-    EXCHANGE = enum.auto()
-    AVERAGE = enum.auto()
-    HEALTH = enum.auto()
-    CLOSE = enum.auto()
-
 
 class Collectives:
-    """Joins the tensors of all replicas of a swarm.
+    """Gathers rows and moves vectors between the replicas of a swarm.
+
+    All workers must call the same functions in the same order.
 
     Args:
-        devices: The local devices, one for each replica of this worker.
-        num_workers: The number of workers in the cluster.
-        worker_index: The place of this worker, from 0.
-        options: A `tf.distribute.experimental.CommunicationOptions`.
-        wire: A `wire.Wire`, or `None` for TensorFlow's collectives.
+        devices: The local devices, in the order of the replicas.
+        group: The `group.Group` of the workers, `None` for a swarm in one process.
     """
 
-    def __init__(self, devices, num_workers, worker_index, options, wire=None):
+    def __init__(self, devices, group):
         self._devices = tuple(devices)
-        self._num_workers = num_workers
-        self._worker_index = worker_index
-        self._wire = wire
-        # TensorFlow's own casts from and to two bytes take two to three times as long.
-        self._sum_of_shares = _xla.compiled(_scaled_sum)
-        self._group = {
-            "group_size": num_workers,
-            "group_key": next(_group_keys),
-            "communication_hint": options.implementation.value.lower(),
-            "timeout_seconds": options.timeout_seconds or 0.0,
-        }
+        self._group = group
 
     @property
     def num_particles(self):
-        """Returns W, the number of replicas on all workers."""
-        return self._num_workers * len(self._devices)
+        """Returns W, the number of replicas on all workers, there or not."""
+        return (self._group.num_workers if self._group else 1) * len(self._devices)
 
-    def gather(self, rows, call):
+    @property
+    def first_particle(self):
+        """Returns the index of this worker's first replica in the swarm."""
+        return self._group.index * len(self._devices) if self._group else 0
+
+    def gather(self, rows):
         """Returns a table of all replicas' rows, [W, K], in the particles' order.
 
         Args:
-            rows: A list of vectors, [K], one for each local replica.
-            call: A `Call` that no other place in the code gives this object.
+            rows: A list of vectors, [K], one for each local replica. Rows of workers
+                that are not there are NaN.
         """
         with tf.device(self._devices[0]):
             table = tf.stack([tf.identity(row) for row in rows])
-            if self._num_workers == 1:
-                return table
-            if self._wire:
-                told = tf.numpy_function(
-                    self._wire.tell, [tf.reshape(table, [-1])], table.dtype
-                )
-                return tf.reshape(told, [self.num_particles, table.shape[1]])
-            # The order in which TensorFlow ranks the workers is its own affair.
-            places = self.first_particle + tf.range(len(rows))
-            labelled = tf.concat(
-                [tf.cast(places, table.dtype)[:, tf.newaxis], table], axis=1
-            )
-            gathered = tf.raw_ops.CollectiveGatherV2(
-                input=labelled,
-                instance_key=call * _KEYS_PER_CALL,
-                ordering_token=[],
-                **self._group,
-            )
-            return tf.gather(gathered[:, 1:], tf.argsort(gathered[:, 0]))
+        if not self._group:
+            return table
+        with tf.device("CPU:0"):
+            told = tf.numpy_function(self._table, [table], table.dtype)
+            return tf.ensure_shape(told, [self.num_particles, table.shape[1]])
 
-    def tell(self, rows, call):
-        """Returns what `gather` does, a NumPy array, outside of a `tf.function`."""
-        if self._wire:
-            told = self._wire.tell(np.concatenate(rows))
-            return told.reshape(self.num_particles, -1)
-        return self._tell(rows, call).numpy()
+    def tell(self, rows):
+        """Returns what `gather` does, of and as NumPy arrays."""
+        rows = np.stack(rows)
+        return self._table(rows) if self._group else rows
 
-    @tf.function(autograph=False)
-    def _tell(self, rows, call):
-        return self.gather(rows, call)
+    def _table(self, rows):
+        tables = self._group.gather(rows.ravel())
+        absent = np.full(rows.size, np.nan, rows.dtype)
+        flat = np.concatenate([absent if t is None else t for t in tables])
+        return flat.reshape(self.num_particles, -1)
 
-    def mean(self, vectors, healthy, call):
+    def mean(self, vectors, healthy):
         """Returns the mean of the healthy replicas' vectors, [P], on each device.
 
         Sums are of float32 at least; what is too large for a smaller type becomes its
@@ -120,7 +71,6 @@ class Collectives:
             vectors: A list of vectors, [P], one for each local replica. Those of
                 replicas out of order may hold anything, NaN included.
             healthy: [W], a bool for each replica, at least one of them true.
-            call: See `gather`.
         """
         first, local = self.first_particle, len(vectors)
         with tf.device(self._devices[0]):
@@ -133,68 +83,116 @@ class Collectives:
                 )
                 for replica, vector in enumerate(vectors)
             ]
-            count = tf.math.count_nonzero(healthy)
-            if self._num_workers == 1:
-                mean = _scaled_sum(vectors, 1 / count)
-            elif self._wire:
-                # The sum of several may be too large for their type.
-                mine = vectors[0] if local == 1 else _scaled_sum(vectors, 1 / local)
-                mean = self._wire_mean(mine, local / count)
-            else:
-                mine = _scaled_sum(vectors, 1 / count)
-                if mine.dtype.size == 2:  # Nor may the sum be too large.
-                    limit = 0.99 * float(mine.dtype.max) / self._num_workers
-                    mine = tf.clip_by_value(mine, -limit, limit)
-                # In one piece: the ring has its own, which would wait for each other.
-                mean = self._in_buckets(mine, self._all_reduce, call, mine.shape[0])
-        return self._to_devices(mean)
+            if not self._group:
+                count = tf.math.count_nonzero(healthy)
+                return self._to_devices(_scaled_sum(vectors, 1 / count))
+            # The sum of several may be too large for their type.
+            mine = vectors[0] if local == 1 else _scaled_sum(vectors, 1 / local)
+        local_healthy = tf.reshape(healthy, [self._group.num_workers, local])
+        return self._to_devices(self._all_reduce(mine, local_healthy))
 
-    def mean_of_both(self, vectors, others, healthy, call):
+    def reduce(self, vector, mean):
+        """Returns the sum, or the mean, of one vector, [P], of each worker.
+
+        Args:
+            vector: This worker's vector.
+            mean: Whether to return the mean.
+        """
+        if not self._group:
+            return vector
+        # No particles, to divide by their number.
+        local = int(mean)
+        return self._all_reduce(vector, tf.ones([self._group.num_workers, local], bool))
+
+    def _all_reduce(self, vector, healthy):
+        with tf.device("CPU:0"):
+            size = tf.size(vector)
+            mean = tf.numpy_function(
+                self._mean,
+                [
+                    vector,
+                    healthy,
+                    _memory([size], vector.dtype),
+                    _memory([self._group.size_to_receive(size)], vector.dtype),
+                ],
+                vector.dtype,
+            )
+            return tf.ensure_shape(mean, vector.shape)
+
+    def _mean(self, vector, healthy, mean, received):
+        return self._group.transaction(
+            lambda: self._mean_of_members(vector, healthy, mean, received)
+        )
+
+    def _mean_of_members(self, vector, healthy, mean, received):
+        """Every worker sums its share of the vectors up, which then goes to all."""
+        first, *others = self._group.scatter(vector, received)
+        own = self._group.own_share(mean)
+        exact = own if own.itemsize > 2 else np.empty(own.shape, np.float32)
+        # In the order of the workers, so that all add up alike.
+        if others:
+            np.add(first, others[0], out=exact, dtype=exact.dtype)
+            for share in others[1:]:
+                exact += share
+        else:
+            exact[...] = first
+        count = healthy[list(self._group.present)].sum()
+        if count:
+            exact *= exact.dtype.type(healthy.shape[1] / count)
+        if exact is not own:
+            largest = float(tf.as_dtype(own.dtype).max)
+            own[...] = np.clip(exact, -largest, largest, out=exact)
+        return self._group.share(mean)
+
+    def mean_of_both(self, vectors, others, healthy):
         """Returns the means of two lists of vectors, which travel as one."""
         if not others[0].shape[0]:
-            return self.mean(vectors, healthy, call), others
+            return self.mean(vectors, healthy), others
         both = [tf.concat(pair, axis=0) for pair in zip(vectors, others)]
-        means = self.mean(both, healthy, call)
+        means = self.mean(both, healthy)
         size = vectors[0].shape[0]
         return [mean[:size] for mean in means], [mean[size:] for mean in means]
 
-    def broadcast(self, vectors, root, call):
+    def broadcast(self, vectors, root):
         """Returns replica `root`'s vector, [P], on each local device.
 
         Args:
             vectors: A list of vectors, [P], one for each local replica.
             root: Scalar int32, from 0 to W - 1, the same on all workers.
-            call: See `gather`.
         """
-        root_worker = root // len(vectors)
         with tf.device(self._devices[0]):
             mine = tf.switch_case(
                 root % len(vectors),
                 [lambda vector=vector: tf.identity(vector) for vector in vectors],
             )
-            if self._num_workers == 1:
-                return self._to_devices(mine)
-            if self._wire:
-                return self._to_devices(self._wire_broadcast(mine, root_worker))
-
-            # An instance key that serves two roots gives uninitialised memory.
-            def receive(piece, key):
-                return self._receive(piece, key + root_worker)
-
-            def send(piece, key):
-                return self._send(piece, key + self._worker_index)
-
-            mine = tf.cond(
-                root_worker == self._worker_index,
-                lambda: self._in_buckets(mine, send, call),
-                lambda: self._in_buckets(mine, receive, call),
+        if not self._group:
+            return self._to_devices(mine)
+        root_worker = root // len(vectors)
+        with tf.device("CPU:0"):
+            needed = tf.where(root_worker == self._group.index, 0, mine.shape[0])
+            got = tf.numpy_function(
+                self._broadcast,
+                [mine, root_worker, _memory([needed], mine.dtype)],
+                mine.dtype,
             )
-        return self._to_devices(mine)
+            return self._to_devices(tf.ensure_shape(got, mine.shape))
 
-    @property
-    def first_particle(self):
-        """Returns the index of this worker's first replica in the swarm."""
-        return self._worker_index * len(self._devices)
+    def _broadcast(self, vector, root, memory):
+        def work():
+            # Where it is gone, all have had the same.
+            there = self._group.present
+            worker = int(root) if root in there else there[0]
+            return self._group.broadcast(vector, worker, memory)
+
+        return self._group.transaction(work)
+
+    def together(self, work, admits=False):
+        """Does something in common; see `group.Group.transaction`."""
+        return self._group.transaction(work, admits) if self._group else work()
+
+    def alone(self):
+        """Lets collectives in a `with` block be of this worker's replicas alone."""
+        return self._group.alone() if self._group else contextlib.nullcontext()
 
     def _to_devices(self, vector):
         copies = []
@@ -202,88 +200,6 @@ class Collectives:
             with tf.device(device):
                 copies.append(tf.identity(vector))
         return copies
-
-    def _wire_mean(self, vector, scale):
-        """Every worker sums its share of the vectors up, which then goes to all."""
-        size, dtype = vector.shape[0], vector.dtype
-        rows = [self._num_workers - 1, self._wire.share_length(size)]
-        shares = tf.numpy_function(
-            self._wire.scatter,
-            [vector, _memory(rows, dtype)],
-            [dtype] * self._num_workers,
-        )
-        share = self._sum_of_shares(shares, scale)
-        mean = tf.numpy_function(
-            self._wire.gather, [share, _memory([size], dtype)], dtype
-        )
-        return tf.ensure_shape(mean, vector.shape)
-
-    def _wire_broadcast(self, vector, root):
-        size, dtype = vector.shape[0], vector.dtype
-        needed = tf.where(root == self._worker_index, 0, size)
-        got = tf.numpy_function(
-            self._wire.broadcast, [vector, root, _memory([needed], dtype)], dtype
-        )
-        return tf.ensure_shape(got, vector.shape)
-
-    def _in_buckets(self, vector, transfer, call, size=None):
-        """Applies `transfer(piece, key)` to pieces of `size`, or of about 4 MB."""
-        size = size or _BUCKET_BYTES // vector.dtype.size
-        first_key = call * _KEYS_PER_CALL
-        pieces = [
-            transfer(vector[start : start + size], first_key + n * self._num_workers)
-            for n, start in enumerate(range(0, vector.shape[0], size))
-        ]
-        return tf.concat(pieces, axis=0)
-
-    def _all_reduce(self, piece, key):
-        return tf.raw_ops.CollectiveReduceV2(
-            input=piece,
-            instance_key=key,
-            ordering_token=[],
-            merge_op="Add",
-            final_op="Id",
-            max_subdivs_per_device=0,
-            **self._group,
-        )
-
-    def _send(self, piece, key):
-        sent = tf.raw_ops.CollectiveBcastSendV2(
-            input=_as_bits(piece), instance_key=key, **self._group
-        )
-        return tf.bitcast(sent, piece.dtype)
-
-    def _receive(self, piece, key):
-        bits = _as_bits(piece)
-        got = tf.raw_ops.CollectiveBcastRecvV2(
-            instance_key=key, shape=tf.shape(bits), T=bits.dtype, **self._group
-        )
-        return tf.bitcast(got, piece.dtype)
-
-
-def tell(strategy, row, timeout=0):
-    """Returns what every worker tells, a NumPy array [num_workers, K] of float64.
-
-    All workers must call it at the same time. It uses TensorFlow's collectives.
-
-    Args:
-        strategy: A `SwarmStrategy`.
-        row: K numbers.
-        timeout: Seconds to wait for the others, for which TensorFlow keeps a thread.
-            Defaults to 0: that of `communication_options`.
-    """
-    options = strategy.communication_options
-    if timeout:
-        options = tf.distribute.experimental.CommunicationOptions(
-            implementation=options.implementation, timeout_seconds=timeout
-        )
-    group = Collectives(
-        strategy.extended.worker_devices[:1],
-        strategy.num_workers,
-        strategy.worker_index,
-        options,
-    )
-    return group.tell([np.array(row, float)], Call.TELL)
 
 
 def _scaled_sum(vectors, scale):
@@ -302,8 +218,3 @@ def _memory(shape, dtype):
     system would clear new one.
     """
     return tf.raw_ops.Empty(shape=shape, dtype=dtype)
-
-
-def _as_bits(piece):
-    # TensorFlow broadcasts no bfloat16; its bits can travel as another type.
-    return tf.bitcast(piece, tf.float16) if piece.dtype == tf.bfloat16 else piece
