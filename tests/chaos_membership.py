@@ -24,7 +24,8 @@ SYNC_EVERY = 5
 TIMEOUT = 15
 _WORKERS = 3
 _SIGNALS = (signal.SIGKILL, signal.SIGSTOP, signal.SIGTERM)
-_STOP_SECONDS = TIMEOUT + 5
+# The others also ask each other who is there.
+_STOP_SECONDS = 1.5 * TIMEOUT + 5
 _EPOCHS_PER_FAULT = 10
 _MAX_ACCURACY_LOSS = 0.01
 _MAX_SYNCS = 2

@@ -5,12 +5,13 @@ import socket
 import threading
 import time
 from concurrent import futures
+from unittest import mock
 
 import numpy as np
 from absl.testing import absltest, parameterized
 
 from tf_psops.transport import group as group_lib
-from tf_psops.transport import membership
+from tf_psops.transport import membership, rendezvous
 
 _SECONDS = 30
 
@@ -283,6 +284,70 @@ class MembershipTest(parameterized.TestCase):
         self.assertEqual(group.is_chief, lost == 0)
         for one in (*tables, table):
             np.testing.assert_array_equal(one, [[0], [1], [2]])
+
+    def _join_again(self, cluster, groups, lost):
+        """Drops workers, and returns what all say when these have joined again."""
+        for worker in lost:
+            self._drop(groups[worker])
+        left = [index for index in range(len(groups)) if index not in lost]
+        _run(left, lambda index: groups[index].gather(np.array([index])))
+
+        def stay(group):
+            while len(group.members) < len(groups):
+                group.transaction(lambda: group._gather(np.array([0])), admits=True)
+                if group.candidate is not None:
+                    group.admit(lambda: np.zeros(0, np.uint8))
+                time.sleep(0.01)
+            return group.gather(np.array([group.index]))
+
+        def work(index):
+            if index not in lost:
+                return stay(groups[index])
+            group = cluster.start(index)
+            group.join(10)
+            return stay(group)
+
+        return _run(range(len(groups)), work)
+
+    @parameterized.parameters(0, 1, 2)
+    def test_let_in_before_it_has_heard_of_it(self, slow):
+        """Where the answer of a member takes longer than all members' agreement."""
+        cluster = Cluster(3, min_workers=2)
+        groups = cluster.start_all()
+        lost, call = (slow + 1) % 3, rendezvous.handshake.call
+        place = tuple(cluster.addresses[slow].split(":"))
+
+        def slowly(connection, *args):
+            answer = call(connection, *args)
+            if connection.getpeername() == (place[0], int(place[1])):
+                time.sleep(0.5)
+            return answer
+
+        with mock.patch.object(rendezvous.handshake, "call", slowly):
+            tables = self._join_again(cluster, groups, [lost])
+        for table in tables:
+            np.testing.assert_array_equal(table, [[0], [1], [2]])
+
+    def test_the_new_connection_is_not_taken_for_the_old_one(self):
+        cluster = Cluster(3, min_workers=2)
+        groups = cluster.start_all()
+        for group in groups:
+            returned = group._rendezvous._returned
+
+            def slowly(worker, returned=returned):
+                time.sleep(0.5)
+                returned(worker)
+
+            group._rendezvous._returned = slowly
+        for table in self._join_again(cluster, groups, [2]):
+            np.testing.assert_array_equal(table, [[0], [1], [2]])
+
+    @parameterized.parameters(([2, 3],), ([1, 3],), ([0, 2],))
+    def test_two_join_at_once(self, lost):
+        cluster = Cluster(5, min_workers=3)
+        groups = cluster.start_all()
+        for table in self._join_again(cluster, groups, lost):
+            np.testing.assert_array_equal(table, [[0], [1], [2], [3], [4]])
 
     def test_a_worker_that_was_dropped_comes_back(self):
         groups = Cluster(3, min_workers=2, timeout=3).start_all()

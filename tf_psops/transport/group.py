@@ -10,11 +10,13 @@ import time
 import numpy as np
 from absl import logging
 
+from tf_psops.transport import link as link_lib
 from tf_psops.transport import membership as membership_lib
 from tf_psops.transport import rendezvous as rendezvous_lib
 from tf_psops.transport.link import Kind
 
 _ALIGNMENT = 64  # Elements; TensorFlow takes what begins there without a copy.
+_REACH_SECONDS = 5
 _REMEDY = (
     "The workers are no swarm any more: start all of them again, from a backup if "
     "there is one."
@@ -269,7 +271,10 @@ class Group:
             self._take_links()
             state = membership.await_invitation(0.2)
             if state is not None:
-                self._take_links()
+                self._reach_members()
+                for worker in set(membership.links) - set(membership.others):
+                    # It waits to join as well.
+                    self._rendezvous.put_back(worker, membership.links.pop(worker))
                 self.is_joining = False
                 self._rendezvous.run()
                 return state
@@ -279,6 +284,21 @@ class Group:
             "there. See whether it has ended, or wait longer with "
             "SwarmStrategy(timeout=...)."
         )
+
+    def _reach_members(self):
+        """Waits for the links to all members, who may be ahead of this worker.
+
+        They may have let it in before it has heard their answer to its call.
+        """
+        membership = self._membership
+        deadline = time.monotonic() + _REACH_SECONDS
+        while not set(membership.others) <= set(membership.links):
+            self._take_links()
+            time.sleep(0.001)
+            if time.monotonic() > deadline:
+                break
+        for worker in set(membership.others) - set(membership.links):
+            membership.links[worker] = link_lib.Link.to_nobody(worker)
 
     def _take_links(self):
         for worker in self._rendezvous.waiting():

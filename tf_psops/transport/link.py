@@ -75,6 +75,13 @@ class Link:
         # A machine that is gone for good says nothing.
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
 
+    @classmethod
+    def to_nobody(cls, worker):
+        """Returns a link to a worker that cannot be reached: it is at its end."""
+        link = cls(worker, socket.socket())
+        link.close()
+        return link
+
     def fileno(self):
         """Returns the socket's file descriptor."""
         return self._connection.fileno()
@@ -83,6 +90,17 @@ class Link:
     def has_to_send(self):
         """Tells whether something waits to be sent."""
         return self.is_open and bool(self._outbox)
+
+    def is_alive(self):
+        """Tells whether the other end may still be there, and reads nothing."""
+        try:
+            # What is encrypted is looked at as it comes in.
+            peeked = socket.socket.recv(self._connection, 1, socket.MSG_PEEK)
+        except BlockingIOError:
+            return self.is_open
+        except OSError:
+            return False
+        return self.is_open and peeked != b""
 
     def queue(self, frame, payload):
         """Lets a frame wait to be sent.

@@ -64,6 +64,8 @@ class Rendezvous:
         self._problem = ""
         self._answers = {}
         self._found = {}
+        # The last link to each worker, taken or not.
+        self._links = {}
         self._changed = threading.Condition()
         self._callers = deque()
         self._over = threading.Event()
@@ -140,12 +142,17 @@ class Rendezvous:
     def waiting(self):
         """Returns the workers that wait to join, a set."""
         with self._changed:
-            return {worker for worker, link in self._found.items() if link.is_open}
+            return {worker for worker, link in self._found.items() if link.is_alive()}
 
     def take(self, worker):
         """Returns the link to a worker that waits to join, `None` if it has gone."""
         with self._changed:
             return self._found.pop(worker, None)
+
+    def put_back(self, worker, link):
+        """Lets a worker wait whose link was taken, unless it has called again."""
+        with self._changed:
+            self._found.setdefault(worker, link)
 
     def close(self):
         """Listens no more."""
@@ -172,11 +179,18 @@ class Rendezvous:
 
     def _call(self, worker, over):
         if worker > self._index and self._state == _STARTING:
-            over.wait(_PATIENCE_SECONDS)
+            with self._changed:
+                self._changed.wait_for(
+                    lambda: self._runs or over.is_set(), _PATIENCE_SECONDS
+                )
         while not over.is_set():
             with self._changed:
-                if worker in self._found or self._problem:
+                if self._problem:
                     return
+                link = self._links.get(worker)
+            if link and link.is_alive():
+                over.wait(_AGAIN_SECONDS)
+                continue
             connection, answer = None, {}
             try:
                 connection = self._connect(worker)
@@ -190,13 +204,14 @@ class Rendezvous:
             except (OSError, ValueError):
                 answer = {"state": ""}
             with self._changed:
-                if over.is_set() or worker in self._found:
+                if over.is_set() or self._links.get(worker) is not link:
                     answer.pop("accepted", None)
                 else:
                     self._answers[worker] = answer.get("state", "")
                     self._problem = self._problem or answer.get("problem", "")
                 if answer.get("accepted"):
-                    self._found[worker] = Link(worker, connection)
+                    self._links[worker] = Link(worker, connection)
+                    self._found[worker] = self._links[worker]
                     connection = None
                 self._changed.notify_all()
             if connection:
@@ -284,14 +299,14 @@ class Rendezvous:
             connection.close()
             return
         with self._changed:
+            if self._state == _RUNNING:
+                # Before the new link is there to be taken, and taken for the old one.
+                self._returned(caller)
             earlier = self._found.pop(caller, None)
             if earlier:
                 earlier.close()
-            self._found[caller] = Link(caller, connection)
+            self._links[caller] = self._found[caller] = Link(caller, connection)
             self._changed.notify_all()
-            runs = self._state == _RUNNING
-        if runs:
-            self._returned(caller)
 
     def _answer(self, hello):
         """Returns what this worker answers one that has proved to be of the swarm."""
