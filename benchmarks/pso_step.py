@@ -46,7 +46,7 @@ def _make_rule_side(state, position, best):
         news = tf_psops.News(
             best, tf.zeros([1]), tf.constant(0), sync, tf.constant(0.1), tf.zeros([1])
         )
-        news = news._replace(factors=rule.factors(news, _NUM_TENSORS))
+        news = news._replace(factors=rule.factors(state, news, _NUM_TENSORS))
         return move(state, position, news, tensor_ids)
 
     return step

@@ -80,7 +80,7 @@ class TrajectoryTest(tf.test.TestCase, parameterized.TestCase):
                 news = tf_psops.News(
                     None, None, tf.constant(i), tf.constant(number), None, None
                 )
-                r1, r2 = np.repeat(rule.factors(news, len(sizes)), sizes, axis=1)
+                r1, r2 = np.repeat(rule.factors((), news, len(sizes)), sizes, axis=1)
                 velocity[i] = (
                     0.4 * velocity[i]
                     + 0.7 * r1 * (best[i] - x[i])
@@ -235,7 +235,7 @@ class _Watched(tf_psops.SlowMomentum):
         super().__init__(inertia=0.8)
         self.seen = []
 
-    def factors(self, news, num_tensors):
+    def factors(self, state, news, num_tensors):
         def keep(sync, particle, distances):
             if not particle:
                 self.seen.append((int(sync), distances))

@@ -44,13 +44,13 @@ def _news(vector, particle=0, sync=0):
 def _with_factors(r1, r2, **kwargs):
     """Returns a `ParticleSwarm` with given factors, one of each per tensor."""
     rule = rules.ParticleSwarm(**kwargs)
-    rule.factors = lambda news, num_tensors: tf.constant([r1, r2], tf.float32)
+    rule.factors = lambda state, news, num_tensors: tf.constant([r1, r2], tf.float32)
     return rule
 
 
 def _move(rule, state, position, news, tensor_ids):
     """Moves as a swarm does: the random factors are drawn beforehand."""
-    news = news._replace(factors=rule.factors(news, max(tensor_ids) + 1))
+    news = news._replace(factors=rule.factors(state, news, max(tensor_ids) + 1))
     return rule.move(state, position, news, tensor_ids)
 
 
@@ -77,7 +77,7 @@ def _fly(rule, start, kicks, fitness, compiled=False):
         states, offers = zip(*map(offer, states, positions, fitness[sync]))
         best = offers[np.argmin([offer.score for offer in offers])].vector
         news = [_news(best, particle, sync) for particle in range(len(positions))]
-        news = [n._replace(factors=draw(n)) for n in news]
+        news = [n._replace(factors=draw(state, n)) for state, n in zip(states, news)]
         states, positions = zip(*map(move, states, positions, news))
         flown.append(np.stack(positions))
     return np.stack(flown), states
@@ -99,7 +99,7 @@ def _fly_in_numpy(rule, start, kicks, fitness):
         ]
         g = p[scores.min(axis=0).argmin()]
         for i in range(num_particles if rule.take == "own" else 0):
-            factors = rule.factors(_news(g, i, sync), len(_SIZES)).numpy()
+            factors = rule.factors((), _news(g, i, sync), len(_SIZES)).numpy()
             r1, r2 = np.repeat(np.float64(factors), _SIZES, axis=1)
             v[i] *= rule.inertia
             v[i] += rule.cognitive * r1 * (p[i] - x[i]) + rule.social * r2 * (g - x[i])
@@ -181,7 +181,7 @@ class ParticleSwarmFormulaTest(parameterized.TestCase, tf.test.TestCase):
 
 class ParticleSwarmFactorsTest(tf.test.TestCase):
     def test_uniform_from_0_to_below_1(self):
-        factors = rules.ParticleSwarm().factors(_news([0.0]), 10_000)
+        factors = rules.ParticleSwarm().factors((), _news([0.0]), 10_000)
         self.assertEqual((factors.shape, factors.dtype), ((2, 10_000), tf.float32))
         self.assertAllInRange(factors, 0.0, 1.0, open_upper_bound=True)
         for row in factors.numpy():
@@ -191,14 +191,16 @@ class ParticleSwarmFactorsTest(tf.test.TestCase):
     def test_all_differ(self):
         seeds = (0, 1, -1, 2**31 - 1, 2**31, 2**32)
         drawn = [
-            rules.ParticleSwarm(seed=seed).factors(_news([0.0], particle, sync), 3)
+            rules.ParticleSwarm(seed=seed).factors((), _news([0.0], particle, sync), 3)
             for seed, particle, sync in itertools.product(seeds, range(3), range(3))
         ]
         self.assertLen(np.unique(drawn), len(seeds) * 3 * 3 * 2 * 3)
 
     def test_repeat_bit_for_bit(self):
         news = _news([0.0], particle=2, sync=3)
-        draw = functools.partial(rules.ParticleSwarm(seed=4).factors, num_tensors=33)
+        draw = functools.partial(
+            rules.ParticleSwarm(seed=4).factors, (), num_tensors=33
+        )
         first = draw(news)
         self.assertAllEqual(draw(news), first)
         self.assertAllEqual(tf.function(draw)(news), first)
@@ -206,7 +208,7 @@ class ParticleSwarmFactorsTest(tf.test.TestCase):
 
     def test_golden(self):
         # A change of these changes the runs of every user.
-        factors = rules.ParticleSwarm(seed=1).factors(_news([0.0], 2, 3), 2)
+        factors = rules.ParticleSwarm(seed=1).factors((), _news([0.0], 2, 3), 2)
         self.assertAllEqual(factors * 2**24, [[7109400, 15995777], [100948, 10440378]])
 
 

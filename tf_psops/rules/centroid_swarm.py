@@ -1,22 +1,58 @@
-"""A swarm that flies its centroid, with an inertia by its diversity: the default rule.
+r"""A swarm that flies its centroid, by an inertia of its diversity: the default rule.
 
 The centroid m of the particles' positions costs one all-reduce, and is better than
 the position of any of them. The swarm moves on from there by Particle Swarm
-Optimisation of one shared position x with one shared velocity v:
+Optimisation (Kennedy & Eberhart, ICNN 1995; inertia: Shi & Eberhart, ICEC 1998) of one
+shared position x with one shared velocity v. With D = m - x, how far local training has
+led the swarm since it went on from x,
 
-    v <- w*v + (m - x)
+    v <- w*v + D
     x <- x + v
+
+The global best, which all particles take, is where the swarm goes on from: the centroid
+is the better place for now, but a velocity pays over several synchronisations, which no
+loss of one batch can show. What the particles have told each other shows it, for free:
+
+    w = min( inertia * a / (1 + (R/1.3)**2), |D| / (2*|v|) )
+    R = W*|D|**2 / sum_i |x_i - m|**2
+    a = cos(D, v) / 0.6, at least 0 and at most 1
+
+  * R is the swarm's diversity, turned round: how far its W particles have gone
+    together against how far they have gone apart. Of a particle's way, what all have in
+    common is progress, and the rest noise. While all fly together (R large, early in
+    training), progress is fast and turns: local training needs no help, and a velocity
+    carries the swarm off its course. Once they spread, each way is mostly noise, and
+    the velocity is its mean over several synchronisations. That a swarm is steered by
+    its diversity is an old idea: ARPSO (Riget & Vesterstrom, "A diversity-guided
+    particle swarm optimizer", EVALife 2002-02) repels the particles where it is low;
+    adaptive PSO (Zhan et al., IEEE Trans. SMC-B 39(6), 2009) sets w by the particles'
+    mean distances.
+  * Particles also spread because they are not stable, at a learning rate that is too
+    high. Then D turns back what noise the last one brought, and the cosine falls: of
+    pure noise it is negative. After a move that was too far it falls as well.
+  * The last term is a velocity clamp. Where a learning rate decays, or few
+    synchronisations are left, v is from times of longer ways.
+
+sum_i |x_i - m|**2 is sum_i |x_i - x|**2 - W*|D|**2, of the distances that the particles
+report anyway; W counts those in good health. Where rounding makes it 0 or less, w is 0.
+At the first synchronisation, and with an inertia of 0, this is parameter averaging.
+docs/results.md has what each part does, and how flat it is around the constants.
 """
 
 from typing import NamedTuple
 
 import tensorflow as tf
 
-from tf_psops import _checks
+from tf_psops import _checks, _pieces
 from tf_psops.rules.rule import News, Rule
 
-_COHESION = 1.3
-_ALIGNMENT = 0.6
+_TOGETHER = 1.3
+_ALIGNED = 0.6
+_REACH = 0.5
+
+# As fine as it matters, and so coarse that it is the same on all workers, in whatever
+# order their machines add.
+_STEPS_OF_INERTIA = 1024
 
 
 class CentroidSwarmState(NamedTuple):
@@ -34,9 +70,19 @@ class CentroidSwarmState(NamedTuple):
 class CentroidSwarm(Rule):
     """Moves all particles together, to their centroid and on by an inertia that fits.
 
+    The swarm's position x and velocity v, the same for all particles, move by
+
+        v <- w*v + (m - x)
+        x <- x + v
+
+    where m is the centroid. The inertia w falls where the particles fly together, where
+    their centroid turns from its course, and where its ways get shorter. What it is
+    made of is free: distances that the particles report anyway. The docstring of
+    `tf_psops.rules.centroid_swarm` has the formula and its reasons.
+
     Args:
-        inertia: The largest inertia, from 0 (parameter averaging) to below 1.
-            Defaults to 0.5.
+        inertia: The largest w, from 0 (parameter averaging) to below 1. Defaults to
+            0.5.
 
     Raises:
         ValueError: If `inertia` is out of its range.
@@ -61,6 +107,33 @@ class CentroidSwarm(Rule):
         """Returns the state of a swarm at rest."""
         return CentroidSwarmState(tf.identity(position), tf.zeros_like(position))
 
+    def factors(
+        self, state: CentroidSwarmState, news: News, num_tensors: int
+    ) -> tf.Tensor:
+        """Returns the inertia, a scalar."""
+        del num_tensors
+
+        def products(mean, position, velocity):
+            way = tf.cast(mean - position, tf.float64)
+            velocity = tf.cast(velocity, tf.float64)
+            pairs = (way, way), (way, velocity), (velocity, velocity)
+            return tf.stack([tf.reduce_sum(one * other) for one, other in pairs])
+
+        way, along, speed = tf.unstack(
+            _pieces.add(products, news.vector, state.position, state.velocity)
+        )
+        in_order = tf.math.is_finite(news.distances)
+        distances = tf.where(in_order, tf.cast(news.distances, tf.float64), 0)
+        together = tf.reduce_sum(tf.cast(in_order, tf.float64)) * way
+        apart = tf.reduce_sum(distances**2) - together
+        ratio = tf.where(apart > 0, together / apart, float("inf"))
+        aligned = tf.math.divide_no_nan(along, tf.sqrt(way * speed)) / _ALIGNED
+        inertia = self.inertia * tf.clip_by_value(aligned, 0, 1)
+        inertia /= 1 + (ratio / _TOGETHER) ** 2
+        reach = _REACH * tf.sqrt(tf.math.divide_no_nan(way, speed))
+        inertia = tf.round(tf.minimum(inertia, reach) * _STEPS_OF_INERTIA)
+        return tf.cast(inertia / _STEPS_OF_INERTIA, news.vector.dtype)
+
     def move(
         self,
         state: CentroidSwarmState,
@@ -70,31 +143,10 @@ class CentroidSwarm(Rule):
     ) -> tuple[CentroidSwarmState, tf.Tensor]:
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
-        way = news.vector - state.position
-        inertia = self._inertia(way, state.velocity, news.distances)
-        moved = news.vector + inertia * state.velocity
+        moved = news.vector + news.factors * state.velocity
         return CentroidSwarmState(moved, moved - state.position), moved
-
-    def _inertia(self, way, velocity, distances):
-        """Returns w, a scalar; see the module's docstring."""
-        in_order = tf.math.is_finite(distances)
-        distances = tf.where(in_order, tf.cast(distances, tf.float64), 0)
-        together = _dot(way, way)
-        apart = tf.reduce_sum(distances**2)
-        together *= tf.reduce_sum(tf.cast(in_order, tf.float64))
-        apart = tf.maximum(apart - together, 0)
-        cohesion = tf.where(apart > 0, together / apart, float("inf"))
-        lengths = tf.sqrt(_dot(way, way) * _dot(velocity, velocity))
-        alignment = tf.math.divide_no_nan(_dot(way, velocity), lengths)
-        inertia = self.inertia * tf.clip_by_value(alignment / _ALIGNMENT, 0, 1)
-        return tf.cast(inertia / (1 + (cohesion / _COHESION) ** 2), way.dtype)
 
     def agreed(self, state: CentroidSwarmState, vector: tf.Tensor) -> tf.Tensor:
         """Returns the global best, where the last synchronisation led all particles."""
         del vector
         return state.position
-
-
-def _dot(one, other):
-    """Returns the inner product of two vectors, float64, by XLA without copies."""
-    return tf.reduce_sum(tf.cast(one, tf.float64) * tf.cast(other, tf.float64))

@@ -12,7 +12,7 @@ x position, v velocity, p personal best, g global best, w inertia, c1 cognitive,
 c2 social, and r1, r2 random factors from U(0, 1).
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import tensorflow as tf
 
@@ -116,11 +116,14 @@ class ParticleSwarm(Rule):
         state = state._replace(best_position=best_position, best_fitness=best_fitness)
         return state, Offer(best_position, best_fitness)
 
-    def factors(self, news: News, num_tensors: int) -> Any:
+    def factors(
+        self, state: ParticleSwarmState, news: News, num_tensors: int
+    ) -> tf.Tensor:
         """Returns the random factors r1 and r2, [2, num_tensors], each from U(0, 1).
 
         They depend on (seed, sync, particle) alone, so a run repeats bit for bit.
         """
+        del state
         key = _random.key(self.seed, news.sync, news.particle)
         return _random.uniform([2, num_tensors], key)
 

@@ -109,17 +109,18 @@ class Rule:
         """
         return state, Offer(position, fitness)
 
-    def factors(self, news: News, num_tensors: int) -> Any:
-        """Returns what is random in the particle's moves, for `News.factors`.
+    def factors(self, state: Any, news: News, num_tensors: int) -> Any:
+        """Returns numbers for the particle's move, which gets them as `News.factors`.
 
-        Apart from `move`, because XLA takes long to compile random numbers, and makes
-        other ones of the same seed.
+        Apart from `move`, because XLA takes long to compile random numbers, makes
+        other ones of the same seed, and is slow at sums over a long vector.
 
         Args:
+            state: The particle's state, as `offer` left it.
             news: What the particle learns, but `factors`.
             num_tensors: The number of weight tensors in the position.
         """
-        del news, num_tensors
+        del state, news, num_tensors
         return None
 
     def move(

@@ -158,7 +158,7 @@ class SyncGraph:
                 distances=tf.cast(distances, particles.dtype),
             )
             factors = self._rule.factors(
-                news, len(particles.weights.variables[replica])
+                states[replica], news, len(particles.weights.variables[replica])
             )
             return news._replace(factors=factors)
 
