@@ -121,7 +121,7 @@ _ARGUMENTS = {
     ),
     "optimizer_slots": (
         lambda: tf_psops.PSOSync(1, optimizer_slots=None),
-        ValueError, "`optimizer_slots`", "'average' or 'local'", "=None",
+        ValueError, "`optimizer_slots`", "'average', 'local' or 'rescale'", "=None",
     ),
     "payload_dtype": (
         lambda: tf_psops.PSOSync(1, payload_dtype="float64"),

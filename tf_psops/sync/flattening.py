@@ -68,5 +68,34 @@ class Flattening:
             variable.assign(tf.cast(tf.reshape(part, variable.shape), variable.dtype))
 
 
+class Joined:
+    """Packs what several others pack into one vector.
+
+    Args:
+        *parts: What can do what a `Flattening` can.
+
+    Attributes:
+        size: The number of elements of all.
+        num_bytes: The bytes of the vector.
+        variables: A nest of the `tf.Variable`s of all.
+    """
+
+    def __init__(self, *parts):
+        self._parts = parts
+        self.size = sum(part.size for part in parts)
+        self.num_bytes = sum(part.num_bytes for part in parts)
+        self.variables = [part.variables for part in parts]
+
+    def pack(self, replica):
+        """Returns all as one vector, [size]."""
+        return tf.concat([part.pack(replica) for part in self._parts], axis=0)
+
+    def unpack(self, replica, vector):
+        """Gives each its part of a vector, [size]."""
+        pieces = tf.split(vector, [part.size for part in self._parts])
+        for part, piece in zip(self._parts, pieces):
+            part.unpack(replica, piece)
+
+
 def _cut(vector, sizes):
     return tf.split(vector, sizes) if len(sizes) else []

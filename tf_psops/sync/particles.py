@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tf_psops import tensorflow_internals
 from tf_psops.sync import flattening
+from tf_psops.sync.second_moments import SecondMoments
 
 
 class Particles:
@@ -16,6 +17,7 @@ class Particles:
         first: The index of the first of them in the swarm.
         average_non_trainable: Whether non-trainable state is averaged.
         average_slots: Whether the optimizer's slots are averaged.
+        rescale_moments: Whether the second moments among them are rescaled instead.
 
     Attributes:
         dtype: The `tf.DType` of all vectors.
@@ -28,7 +30,14 @@ class Particles:
     """
 
     def __init__(
-        self, strategy, model, rule, first, average_non_trainable, average_slots
+        self,
+        strategy,
+        model,
+        rule,
+        first,
+        average_non_trainable,
+        average_slots,
+        rescale_moments,
     ):
         self._strategy = strategy
         self._model = model
@@ -47,6 +56,12 @@ class Particles:
         averaged, left_apart = (state, []) if average_non_trainable else ([], state)
         self.weights = pack(*weights)
         self.averaged = pack(*averaged, *(slots if average_slots else []))
+        if rescale_moments:
+            # Keras has no other mark of them than this name.
+            moments = [slot for slot in slots if slot.name.endswith("velocity")]
+            self.averaged = flattening.Joined(
+                self.averaged, SecondMoments(strategy, moments, self.dtype)
+            )
         self.left_apart = pack(*left_apart)
         self._state = pack(*averaged)
         self._everything = pack(*weights, *state)

@@ -30,6 +30,7 @@ class Synchronizer:
         payload_dtype: The name of the float type in which the vector of a
             synchronisation travels, or `None` for that of the weights.
         delayed: Whether particles may take local steps between `start` and `finish`.
+        rescale_moments: Whether the second moments among the slots are rescaled.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Synchronizer:
         average_slots,
         payload_dtype=None,
         delayed=False,
+        rescale_moments=False,
     ):
         self._strategy = strategy
         self._rule = CompiledRule(rule)
@@ -54,6 +56,7 @@ class Synchronizer:
             self._collectives.first_particle,
             average_non_trainable,
             average_slots,
+            rescale_moments,
         )
         self._payload = tf.as_dtype(payload_dtype or self._particles.dtype)
         self._reduction = Reduction(
