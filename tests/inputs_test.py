@@ -3,6 +3,7 @@
 import clusters
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
@@ -132,7 +133,7 @@ def _fit(strategy, kind, make_sync=True, num_arrays=2):
     if strategy:
         callbacks = [tf_psops.PSOSync(1, tf_psops.ParameterAverage())]
     history = model.fit(
-        **arguments, epochs=3, shuffle=False, verbose=0, callbacks=callbacks
+        **arguments, epochs=2, shuffle=False, verbose=0, callbacks=callbacks
     )
     return model.get_weights(), history.history
 
@@ -180,15 +181,19 @@ def _uneven(kind):
     return _BATCH * _BATCHES - (0 if whole else 3)
 
 
-def _do_all(strategy, kinds):
-    """Returns, by call and kind, what a strategy makes of all kinds of input."""
-    done = {}
-    for kind in kinds:
-        done["fit", kind] = _fit(strategy, kind)
-        done["validation", kind] = _validate(strategy, kind)
-        done["evaluate", kind] = _evaluate(strategy, kind, _uneven(kind))
-        done["predict", kind] = _predict(strategy, kind, _uneven(kind))
-    return done
+_CALLS = {
+    "fit": _fit,
+    "validation": _validate,
+    "evaluate": lambda strategy, kind: _evaluate(strategy, kind, _uneven(kind)),
+    "predict": lambda strategy, kind: _predict(strategy, kind, _uneven(kind)),
+}
+
+
+def _do_all(strategy, kinds, calls=tuple(_CALLS)):
+    """Returns, by call and kind, what a strategy makes of kinds of input."""
+    return {
+        (call, kind): _CALLS[call](strategy, kind) for kind in kinds for call in calls
+    }
 
 
 def _aligned(array):
@@ -294,6 +299,54 @@ class KerasTest(tf.test.TestCase, parameterized.TestCase):
         model.fit(**arguments, steps_per_epoch=steps, epochs=2, verbose=0)
         for array, before in zip(arrays, kept):
             self.assertAllEqual(array, before)
+
+    @parameterized.parameters(1, 2)
+    def test_a_generator_of_varying_lengths(self, particles):
+        def batches():
+            for length in (3, 5, 2, 4, 6):
+                yield np.full([4, length, 2], length, "float32"), np.zeros([4, 1])
+
+        def evaluate(strategy):
+            with strategy.scope():
+                model = keras.Sequential(
+                    [
+                        layers.GlobalAveragePooling1D(),
+                        layers.Dense(1, kernel_initializer="ones"),
+                    ]
+                )
+                model.compile("sgd", "mse")
+            return model.evaluate(batches(), verbose=0)
+
+        swarm = tf_psops.SwarmStrategy.in_process(particles)
+        self.assertAllClose(evaluate(swarm), evaluate(tf.distribute.get_strategy()))
+
+    @parameterized.parameters(1, 2)
+    def test_sparse_rows(self, particles):
+        x = _rows(13)[0] * (_rows(13)[0] > 0)
+
+        def predict(strategy):
+            keras.utils.set_random_seed(1)
+            with strategy.scope():
+                model = keras.Sequential([layers.Dense(2)])
+                model.compile("sgd", "mse")
+            data = tf.data.Dataset.from_tensor_slices(
+                (tf.sparse.from_dense(x), x[:, :2])
+            )
+            model.evaluate(data.batch(8), verbose=0)
+            return model.predict(data.batch(8), verbose=0)
+
+        swarm = tf_psops.SwarmStrategy.in_process(particles)
+        self.assertAllClose(predict(swarm), predict(tf.distribute.get_strategy()))
+
+    @parameterized.parameters(1, 2, 3)
+    def test_single_batches(self, particles):
+        strategy = tf_psops.SwarmStrategy.in_process(particles)
+        x, y = _rows(7)
+        swarm, plain = _model(strategy), _model()
+        self.assertAllClose(swarm.predict_on_batch(x), plain.predict_on_batch(x))
+        self.assertAllClose(swarm.test_on_batch(x, y), plain.test_on_batch(x, y))
+        self.assertAllClose(swarm.train_on_batch(x, y), plain.train_on_batch(x, y))
+        _assert_close(self, swarm.get_weights(), plain.get_weights())
 
     @parameterized.parameters(1, 2)
     def test_batches_of_another_length_do_not_shift_the_next(self, particles):
@@ -435,18 +488,26 @@ class DistributedTest(tf.test.TestCase, parameterized.TestCase):
         self.assertLen(traces, particles)
 
 
-def _work(kinds):
-    return _do_all(tf_psops.SwarmStrategy(), kinds)
+def _work(kinds, calls):
+    return _do_all(tf_psops.SwarmStrategy(), kinds, calls)
 
 
 class ClusterTest(tf.test.TestCase, parameterized.TestCase):
-    def test_two_workers_are_as_plain_keras(self):
-        kinds = [k for k in _KINDS if k not in ("tensors", "tf_data_dict")]
-        expected = _do_all(None, kinds)
-        for results in clusters.run(_work, 2, kinds, timeout=300):
+    def _check(self, kinds, calls, timeout):
+        expected = _do_all(None, kinds, calls)
+        for results in clusters.run(_work, 2, kinds, calls, timeout=timeout):
             for call, result in results.items():
                 with self.subTest(str(call)):
                     _assert_close(self, result, expected[call])
+
+    def test_two_workers_are_as_plain_keras(self):
+        kinds = ["list", "tf_data", "py_dataset_workers", "generator"]
+        self._check(kinds, ["fit", "evaluate", "predict"], timeout=240)
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(1200)
+    def test_two_workers_with_all_kinds(self):
+        self._check(list(_KINDS), list(_CALLS), timeout=1000)
 
 
 if __name__ == "__main__":

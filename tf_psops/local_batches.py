@@ -51,17 +51,19 @@ def split(dataset, full_size, num_parts, join):
         A `tf.data.Dataset` of nests of joined values.
     """
 
-    def split_value(value):
-        if full_size >= 0:
-            size, more = divmod(full_size, num_parts)
-            ends = [(i + 1) * size + min(i + 1, more) for i in range(num_parts)]
-        else:
-            size = -(-_num_rows(value) // num_parts)
-            ends = [(i + 1) * size for i in range(num_parts)]
-        bounds = [0, *ends[:-1], _num_rows(value)]
-        return join([_rows(value, *ends) for ends in itertools.pairwise(bounds)])
+    return map_values(lambda value: join(parts(value, full_size, num_parts)), dataset)
 
-    return map_values(split_value, dataset)
+
+def parts(value, full_size, num_parts):
+    """Returns the rows of each part of a value, of which `full_size` make a batch."""
+    if full_size >= 0:
+        size, more = divmod(full_size, num_parts)
+        ends = [(i + 1) * size + min(i + 1, more) for i in range(num_parts)]
+    else:
+        size = -(-_num_rows(value) // num_parts)
+        ends = [(i + 1) * size for i in range(num_parts)]
+    bounds = [0, *ends[:-1], _num_rows(value)]
+    return [_rows(value, *ends) for ends in itertools.pairwise(bounds)]
 
 
 def take_turns(dataset, num_parts, join):
@@ -104,7 +106,9 @@ def _rows(value, start, end):
         shape = tf.cast(value.dense_shape, tf.int64)
         begin = tf.concat([[tf.cast(start, tf.int64)], tf.zeros_like(shape[1:])], 0)
         size = tf.concat([[tf.cast(end - start, tf.int64)], shape[1:]], 0)
-        return tf.sparse.slice(value, begin, size)
+        rows = tf.sparse.slice(value, begin, size)
+        rows.set_shape([None, *value.shape[1:]])
+        return rows
     return value[start:end]
 
 

@@ -284,6 +284,13 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             self._shared_out.add(dataset)
         return dataset
 
+    def split(self, value):
+        """Returns a value's rows, split over the local devices."""
+        value = keras.ops.convert_to_tensor(value)
+        num_devices = len(self.worker_devices)
+        parts = local_batches.parts(value, int(value.shape[0]), num_devices)
+        return values.PerReplica(parts)
+
     def _distribute_datasets_from_function(self, dataset_fn, options):
         """Hands each worker's batches to its devices in turns.
 
@@ -360,19 +367,30 @@ def _build_without_data(maybe_symbolic_build):
 
     @functools.wraps(maybe_symbolic_build)
     def build(self, iterator=None, data_batch=None):
-        extended = self.distribute_strategy.extended
-        if iterator is not None and isinstance(extended, SwarmExtended):
-            specs = tf.nest.map_structure(
-                _first_spec, iterator._distributed_dataset.element_spec
-            )
-            known = (
-                s is None or s.shape.rank is not None for s in tf.nest.flatten(specs)
-            )
-            if all(known):
-                iterator, data_batch = None, specs
+        if isinstance(self.distribute_strategy.extended, SwarmExtended):
+            if iterator is not None:
+                data_batch = _known_batch(iterator)
+            if data_batch is not None:
+                iterator = None
         maybe_symbolic_build(self, iterator=iterator, data_batch=data_batch)
 
     return build
+
+
+def _known_batch(iterator):
+    """Returns what has the shapes and types of the batches of a Keras iterator.
+
+    `None` if they are only known once a batch is drawn.
+    """
+    specs = tf.nest.map_structure(
+        _first_spec, iterator._distributed_dataset.element_spec
+    )
+    shapes = [spec.shape for spec in tf.nest.flatten(specs) if spec is not None]
+    if all(shape.rank is not None and None not in shape[1:] for shape in shapes):
+        return specs
+    # Those that Keras has drawn of a generator, and will hand out.
+    batches = getattr(iterator.data_adapter, "_first_batches", None)
+    return batches[0] if batches else None
 
 
 def _first_spec(spec):
@@ -382,7 +400,21 @@ def _first_spec(spec):
     return spec if hasattr(spec, "shape") else None
 
 
+def _predict_split_batch(predict_on_batch):
+    """Splits a batch over the local devices, where Keras hands all of it to each."""
+
+    @functools.wraps(predict_on_batch)
+    def predict_split_batch(self, x):
+        extended = self.distribute_strategy.extended
+        if isinstance(extended, SwarmExtended) and len(extended.worker_devices) > 1:
+            x = keras.tree.map_structure(extended.split, x)
+        return predict_on_batch(self, x)
+
+    return predict_split_batch
+
+
 _Trainer = tensorflow_trainer.TensorFlowTrainer
+_Trainer.predict_on_batch = _predict_split_batch(_Trainer.predict_on_batch)
 _Trainer.predict = _predict_every_row(_Trainer.predict)
 _Trainer._maybe_symbolic_build = _build_without_data(_Trainer._maybe_symbolic_build)
 

@@ -31,6 +31,8 @@ def speak_for_swarm(model, synchronizer):
     """
     strategy = model.distribute_strategy
     for name in (*_ASKED, *_SAVED, *_SET, "predict", "get_metrics_result"):
+        if not hasattr(type(model), name):
+            continue  # A `keras.Trainer` that is no `keras.Model`.
         method = getattr(type(model), name).__get__(model)
         if name in _SAVED:
             method = _by_chief(method, is_chief=strategy.worker_index == 0)
