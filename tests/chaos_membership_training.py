@@ -23,6 +23,7 @@ class _Journal(keras.callbacks.Callback):
         super().__init__()
         self._folder = folder
         self._path = folder / f"journal-{index}"
+        self._step = 0
         # Slower in the end, as long as there are faults to come.
         self._late_step = 0.8 * num_steps
 
@@ -33,6 +34,9 @@ class _Journal(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         local = self.model.distribute_strategy.experimental_local_results
         step = int(local(self.model.optimizer.iterations.value)[0])
+        if step == self._step:
+            return  # A batch that is skipped on the way back.
+        self._step = step
         self.note("step", step)
         if not (self._folder / "no-more-faults").exists():
             time.sleep(_STEP_SECONDS * (10 if step > self._late_step else 1))

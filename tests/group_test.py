@@ -272,6 +272,7 @@ class MembershipTest(parameterized.TestCase):
             self.assertTrue(group.is_joining)
             self.assertFalse(group.is_chief)
             state = group.join(10)
+            group.enter()
             come.set()
             return bytes(state), group.gather(np.array([lost])), group
 
@@ -368,6 +369,7 @@ class MembershipTest(parameterized.TestCase):
                 groups[2].gather(np.array([2]))
             self.assertTrue(groups[2].come_back())
             groups[2].join(10)
+            groups[2].enter()
             return groups[2].gather(np.array([2]))
 
         with futures.ThreadPoolExecutor(1) as pool:

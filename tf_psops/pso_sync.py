@@ -10,7 +10,12 @@ from absl import logging
 
 from tf_psops import _checks, heartbeat, rules, tensorflow_internals
 from tf_psops.backups import resume
-from tf_psops.keras_hooks import fit_checks, stop_vote, swapped_weights
+from tf_psops.keras_hooks import (
+    file_writers,
+    fit_checks,
+    stop_vote,
+    swapped_weights,
+)
 from tf_psops.sync import synchronizer
 
 # What a worker wishes for the whole swarm, the strongest last.
@@ -99,6 +104,7 @@ class PSOSync(keras.callbacks.Callback):
         num_syncs: Synchronisations since training began.
         bytes_moved: Bytes that each particle got in them: the vectors and scalars,
             whatever the collectives make of them on the wire.
+        members: The workers that are there, a sorted tuple of their indices.
         sync_seconds: Wall seconds that this worker spent in them, waiting included.
         fitness: NumPy array [W], every particle's mean training loss before the
             last synchronisation; infinite for a particle out of order, NaN where it is
@@ -195,6 +201,8 @@ class PSOSync(keras.callbacks.Callback):
         self.optimizer_slots = optimizer_slots
         self.sync_seconds = 0.0
         self.fitness = None
+        self.members = (0,)
+        self._may_admit = True
         self._synchronizer = None
         self._stop_vote = None
         self._synchronized = None
@@ -205,9 +213,8 @@ class PSOSync(keras.callbacks.Callback):
         self._epoch = 0
         self._steps_in_epoch = 0
         self._synced_steps = 0
-        self._resume_state = None
-        if backup_dir is not None:
-            self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
+        self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
+        self._file_writers = None
 
     @property
     def num_syncs(self):
@@ -228,12 +235,8 @@ class PSOSync(keras.callbacks.Callback):
         if callback_list is None:
             return
         fit_checks.check_callbacks(callback_list.callbacks, PSOSync)
-        if model.distribute_strategy.worker_index:
-            # All workers log the same numbers. Two must not write the same file.
-            writers = (keras.callbacks.CSVLogger, keras.callbacks.TensorBoard)
-            callback_list.callbacks = [
-                c for c in callback_list.callbacks if not isinstance(c, writers)
-            ]
+        self._file_writers = file_writers.FileWriters(callback_list)
+        self._file_writers.leave_to(model.distribute_strategy.is_chief)
 
     def on_train_begin(self, logs=None):
         fit_checks.check_multiples(
@@ -265,13 +268,12 @@ class PSOSync(keras.callbacks.Callback):
             swapped_weights.speak_for_swarm(self.model, self._synchronizer)
         with self._meeting("the start of training"):
             self._synchronizer.begin()
-            if self._resume_state:
-                self._resume_state.begin(
-                    self.model,
-                    self._synchronizer,
-                    self._steps_per_epoch(),
-                    self._resume,
-                )
+            self._resume_state.begin(
+                self.model, self._synchronizer, self._steps_per_epoch(), self._resume
+            )
+        group = self.model.distribute_strategy.group
+        self.members = group.members if group else (0,)
+        self._may_admit = True
         self._history = self.model.history
         self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
@@ -292,7 +294,7 @@ class PSOSync(keras.callbacks.Callback):
                 f"{self!r}, which another `fit` has taken over. Make a PSOSync of its "
                 "own for each model that is trained at the same time."
             )
-        if self._resume_state and self._resume_state.skipping:
+        if self._resume_state.skipping:
             return
         if self.model.steps_per_execution == 1:
             self._steps += batch + 1 - self._steps_in_epoch
@@ -328,10 +330,10 @@ class PSOSync(keras.callbacks.Callback):
         if self._synchronizer.is_under_way:
             self._finish()
         if self._steps > self._synced_steps and not averaged:
+            self._may_admit = False  # There is nothing left to do for another one.
             self._start()
             self._finish()
-        if self._resume_state:
-            self._resume_state.end(None if averaged else self._place())
+        self._resume_state.end(None if averaged else self._place())
         with self._meeting("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
@@ -382,13 +384,48 @@ class PSOSync(keras.callbacks.Callback):
                 sick,
                 self.num_syncs - 1,
             )
-        if self._resume_state:
-            preempted = self._synchronizer.wish == _GO_AWAY
-            self._resume_state.note_sync(self._place(), preempted)
+        self._change_members()
+        leaves = self._synchronizer.wish == _GO_AWAY
+        if self._is_elastic:  # The others go on.
+            leaves = self._resume_state.preempted
+        self._resume_state.note_sync(self._place(), leaves)
         self.sync_seconds += time.perf_counter() - start
 
+    @property
+    def _is_elastic(self):
+        group = self.model.distribute_strategy.group
+        return group is not None and group.is_elastic
+
+    def _change_members(self):
+        """Lets a worker join that waits, and notes who is there."""
+        if not self._is_elastic:
+            return
+        group = self.model.distribute_strategy.group
+        before = self.members
+        if group.candidate is not None and self._may_admit:
+            self._synchronizer.tell_all_anew()
+            group.admit(lambda: self._resume_state.state(self._place()))
+        self.members = group.members
+        if self._file_writers:
+            self._file_writers.leave_to(group.is_chief)
+        for verb, workers in {
+            "left": set(before) - set(self.members),
+            "joined": set(self.members) - set(before),
+        }.items():
+            if workers:
+                logging.warning(
+                    "Workers %s %s at synchronisation %d.",
+                    sorted(workers),
+                    verb,
+                    self.num_syncs - 1,
+                )
+
+    def on_epoch_end(self, epoch, logs=None):
+        if self._is_elastic and logs is not None:
+            logs["num_workers"] = len(self.model.distribute_strategy.group.members)
+
     def _wish(self):
-        if self._resume_state and self._resume_state.preempted:
+        if self._resume_state.preempted and not self._is_elastic:
             return _GO_AWAY
         return _STOP if self._stop_vote.wanted else _GO_ON
 
@@ -406,6 +443,6 @@ class PSOSync(keras.callbacks.Callback):
             "optimizer_slots": self.optimizer_slots,
             "payload_dtype": payload,
             "delay": self.delay,
-            "backups": self._resume_state and self._resume_state.settings,
+            "backups": self._resume_state.settings,
             "epochs": (self.params or {}).get("epochs"),
         }

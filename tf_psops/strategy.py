@@ -123,6 +123,10 @@ class SwarmStrategy(tf.distribute.Strategy):
         )
         _check_existence(devices)
         self._equality = equality.Equality(self)
+        # How often `fit` has been called, and what a worker was sent that joins a later
+        # one.
+        self.num_fits = 0
+        self.invitation = None
         self.group = None
         if len(workers) > 1:
             self.group = group.shared(
@@ -137,7 +141,7 @@ class SwarmStrategy(tf.distribute.Strategy):
                 secret=handshake.read_secret(),
                 tls=tls or tls_lib.read_tls(),
             )
-            tensorflow_internals.tell_of_failures()
+            tensorflow_internals.join_failures()
         self.collectives = Collectives(self.extended.worker_devices, self.group)
 
     @classmethod

@@ -29,6 +29,7 @@ import weakref
 
 import keras
 import tensorflow as tf
+from absl import logging
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.data.ops import multi_device_iterator_ops
@@ -40,6 +41,7 @@ from tensorflow.python.distribute import (
 )
 
 from tf_psops import local_batches
+from tf_psops.transport import membership
 
 _SEED_STRIDE = 1_000_003
 
@@ -431,24 +433,34 @@ def move_seed(seed, places):
 
 
 @functools.cache
-def tell_of_failures():
+def join_failures():
     """Makes `fit` tell the other workers of an exception that ends it on this one.
 
-    Keras tells its callbacks nothing of it, and hands `fit` itself to none of them
+    And begin again, to join them, where they have gone on without this worker. Keras
+    tells its callbacks nothing of an exception, and hands `fit` itself to none of them
     before it runs: the method of the class has to be replaced.
     """
     fit = keras.Model.fit
 
     @functools.wraps(fit)
     def fit_or_tell(self, *args, **kwargs):
-        try:
+        strategy = self.distribute_strategy
+        group = getattr(strategy, "group", None)
+        if group is None:
             return fit(self, *args, **kwargs)
-        except BaseException as error:
-            group = getattr(self.distribute_strategy, "group", None)
-            if group and not getattr(error, "is_known_to_all", False):
-                text = " ".join(f"{type(error).__name__}: {error}".split())
-                group.end(f"Worker {group.index} left `fit` with {text[:1000]}")
-            raise
+        strategy.num_fits += 1
+        while True:
+            try:
+                return fit(self, *args, **kwargs)
+            except membership.DroppedError as error:
+                if not group.come_back():
+                    raise
+                logging.warning("%s It joins them again.", error)
+            except BaseException as error:
+                if not getattr(error, "is_known_to_all", False):
+                    text = " ".join(f"{type(error).__name__}: {error}".split())
+                    group.end(f"Worker {group.index} left `fit` with {text[:1000]}")
+                raise
 
     keras.Model.fit = fit_or_tell
 

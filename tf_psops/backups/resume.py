@@ -8,20 +8,24 @@ from absl import logging
 from tf_psops import tensorflow_internals
 from tf_psops.backups import preemption, skipped_batches, store
 
+_NEVER = 1 << 60  # An epoch that no training comes to.
+
 
 class Resume:
     """Keeps one training after another resumable, each in a folder of its own.
 
-    All workers call the same methods in the same order.
+    A worker that joins a swarm which is under way resumes in the same way, from what
+    the others send it. All workers call the same methods in the same order.
 
     Args:
-        folder: Path of the folder of all trainings of one `PSOSync`.
+        folder: Path of the folder of all trainings of one `PSOSync`, `None` for no
+            backups.
         backup_every: Synchronisations from one backup to the next.
         elastic: Whether a swarm of another size may go on from a backup.
     """
 
     def __init__(self, folder, backup_every, elastic):
-        self._folder = pathlib.Path(folder)
+        self._folder = folder and pathlib.Path(folder)
         self._backup_every = backup_every
         self._elastic = elastic
         self._num_trainings = 0
@@ -43,7 +47,7 @@ class Resume:
     @property
     def skipping(self):
         """Tells whether training is not yet back where the backup was taken."""
-        return self._skipped_batches.skipping
+        return self._skipped_batches is not None and self._skipped_batches.skipping
 
     def begin(self, model, synchronizer, steps_per_epoch, resume):
         """Begins a training, or goes on with it if there is a backup.
@@ -60,12 +64,17 @@ class Resume:
             RuntimeError: If that is so on another worker.
         """
         self._model, self._synchronizer = model, synchronizer
-        self._preemption.watch()
-        self._backups = store.Backups(
-            self._folder / f"fit-{self._num_trainings}",
-            synchronizer.local_particles,
-            synchronizer.num_particles,
-        )
+        self._skipped_batches = None
+        group = model.distribute_strategy.group
+        if not (self._folder or (group and group.is_elastic)):
+            return
+        if self._folder:
+            self._preemption.watch()
+            self._backups = store.Backups(
+                self._folder / f"fit-{self._num_trainings}",
+                synchronizer.local_particles,
+                synchronizer.num_particles,
+            )
         train_function = model.train_function
         if isinstance(train_function, skipped_batches.SkippedBatches):
             # An earlier training was cut short.
@@ -74,14 +83,25 @@ class Resume:
             train_function, model.steps_per_execution
         )
         model.train_function = self._skipped_batches
-        self._last = self._common_number()
+        self._last = None
         tensorflow_internals.begin_at_epoch(model, None)
-        if self._last is None:
-            self._backups.discard_after(-1)
+        if group and group.is_joining:
+            header, load = self._join(group)
+            if header is None:
+                return
+        elif self._folder:
+            self._last = self._common_number()
+            if self._last is None:
+                self._backups.discard_after(-1)
+                return
+            loaded = self._together(self._load)
+            self._backups.discard_after(self._last)
+            header, _ = loaded[0]
+
+            def load():
+                return [values for _, values in loaded]
+        else:
             return
-        loaded = self._together(self._load)
-        self._backups.discard_after(self._last)
-        header, _ = loaded[0]
         place, drawn = _fit_to(steps_per_epoch, header["place"], header["drawn"])
         logging.info(
             "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
@@ -89,18 +109,60 @@ class Resume:
         tensorflow_internals.begin_at_epoch(model, place["epoch"])
 
         def arrive():
+            joins = group and group.is_joining
             newcomers = [
                 particle
                 for particle in synchronizer.local_particles
-                if particle >= header["num_particles"]
+                if joins or particle >= header["num_particles"]
             ]
-            arrays = [values for _, values in loaded]
-            synchronizer.restore(header["progress"], arrays, newcomers)
+            synchronizer.restore(header["progress"], load(), newcomers)
             resume(place)
             model.stop_training = header["stopped"]
-            return model.get_metrics_result()
+            result = model.get_metrics_result()
+            if joins:
+                group.enter()
+            return result
 
         self._skipped_batches.skip(drawn, place["steps_in_epoch"], arrive)
+
+    def _join(self, group):
+        """Waits for what the others send a worker that joins them.
+
+        Returns:
+            The header of it, and a function that returns the arrays of each local
+            particle; twice `None` where the others are in a later `fit`.
+        """
+        strategy = self._model.distribute_strategy
+        if strategy.invitation is None:
+            logging.warning("Waiting to join the swarm at its next synchronisation.")
+            strategy.invitation = group.join(strategy.timeout)
+        data = strategy.invitation
+        header = store.unpack(data, None)
+        if header["fit"] > strategy.num_fits:
+            tensorflow_internals.begin_at_epoch(self._model, _NEVER)
+            return None, None
+        strategy.invitation = None
+
+        def load():
+            return [
+                store.unpack(data, variables)
+                for variables in self._synchronizer.particles()
+            ]
+
+        return header, load
+
+    def state(self, place):
+        """Returns what a worker needs to join, a NumPy array of bytes.
+
+        Args:
+            place: Where training is, a dict, right after a synchronisation.
+        """
+        return store.pack(
+            self._synchronizer.num_particles,
+            self._synchronizer.particles()[0],
+            fit=self._model.distribute_strategy.num_fits,
+            **self._header(place, stopped=False),
+        )
 
     def note_sync(self, place, preempted):
         """Takes a backup if it is time for one.
@@ -112,6 +174,8 @@ class Resume:
         Raises:
             SystemExit: If `preempted`.
         """
+        if not self._folder:
+            return
         if preempted or self._synchronizer.num_syncs % self._backup_every == 0:
             self._save(place, stopped=False)
         if preempted:
@@ -126,10 +190,13 @@ class Resume:
             place: Where training is, right after a synchronisation, or `None` if it
                 is not there.
         """
-        if place and self._last != self._synchronizer.num_syncs:
-            self._save(place, stopped=self._model.stop_training)
-        self._backups.wait()
-        self._preemption.ignore()
+        if self._folder:
+            if place and self._last != self._synchronizer.num_syncs:
+                self._save(place, stopped=self._model.stop_training)
+            self._backups.wait()
+            self._preemption.ignore()
+        if self._skipped_batches is None:
+            return
         self._model.train_function = self._skipped_batches.train_function
         tensorflow_internals.begin_at_epoch(self._model, None)
         self._num_trainings += 1
@@ -139,11 +206,16 @@ class Resume:
         self._backups.save(
             self._last,
             self._synchronizer.particles(),
-            place=place,
-            drawn=self._skipped_batches.drawn,
-            stopped=stopped,
-            progress=self._synchronizer.progress(),
+            **self._header(place, stopped),
         )
+
+    def _header(self, place, stopped):
+        return {
+            "place": place,
+            "drawn": self._skipped_batches.drawn,
+            "stopped": stopped,
+            "progress": self._synchronizer.progress(),
+        }
 
     def _load(self):
         return [

@@ -6,6 +6,7 @@ next backup before it has finished the last, the workers' newest backups are at 
 apart, and each worker keeps its last two: one of them is common to all.
 """
 
+import io
 import json
 import os
 import pathlib
@@ -106,18 +107,9 @@ class Backups:
         header = _read_header(path)
         _check_fit(path, header["variables"], variables)
         try:
-            with np.load(path) as file:
-                left = {name: file[name] for name in {v.dtype.name for v in variables}}
+            return header, _read_arrays(path, variables)
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
-        arrays = []
-        for variable in variables:
-            size, name = variable.shape.num_elements(), variable.dtype.name
-            values, left[name] = np.split(left[name], [size])
-            # NumPy loads types of others, such as bfloat16, as raw bytes.
-            values = values.view(variable.dtype.as_numpy_dtype)
-            arrays.append(values.reshape(variable.shape))
-        return header, arrays
 
     def discard_after(self, number):
         """Removes the local particles' backups after one, and what kills have left."""
@@ -136,11 +128,10 @@ class Backups:
             **header: What else to keep, of types that JSON knows.
         """
         self.wait()
-        header["num_particles"] = self._num_particles
-        header["variables"] = [_describe(variable) for variable in particles[0]]
+        header = _header(self._num_particles, particles[0], header)
         self._thread = threading.Thread(
             target=self._write,
-            args=(number, _values(particles), json.dumps(header)),
+            args=(number, _values(particles), header),
             name=self._thread_name,
         )
         self._thread.start()
@@ -168,8 +159,7 @@ class Backups:
         try:
             for index, tensors in zip(self._particles, values):
                 with self._unfinished(index).open("wb") as file:
-                    arrays = {name: value.numpy() for name, value in tensors.items()}
-                    np.savez(file, header=np.array(header), **arrays)
+                    _dump(file, header, tensors)
                     file.flush()
                     os.fsync(file.fileno())
                 self._unfinished(index).replace(self._path(number, index))
@@ -199,6 +189,62 @@ class Backups:
 
     def _unfinished(self, particle):
         return self._folder / f".particle-{particle}.unfinished"
+
+
+def pack(num_particles, variables, **header):
+    """Returns what `save` would write of a particle, a NumPy array of bytes.
+
+    Args:
+        num_particles: W, the particles of all workers.
+        variables: The variables that the particle is made of.
+        **header: What else to keep, of types that JSON knows.
+    """
+    file = io.BytesIO()
+    _dump(file, _header(num_particles, variables, header), *_values([variables]))
+    return np.frombuffer(file.getbuffer(), np.uint8)
+
+
+def unpack(data, variables):
+    """Returns what `pack` was given; see `Backups.load`.
+
+    Args:
+        data: Its bytes.
+        variables: The variables that the particle is made of, `None` for the header
+            alone.
+    """
+    header = _read_header(io.BytesIO(data))
+    if variables is None:
+        return header
+    _check_fit("of the swarm to join", header["variables"], variables)
+    return _read_arrays(io.BytesIO(data), variables)
+
+
+def _header(num_particles, variables, header):
+    return json.dumps(
+        {
+            **header,
+            "num_particles": num_particles,
+            "variables": [_describe(variable) for variable in variables],
+        }
+    )
+
+
+def _dump(file, header, tensors):
+    arrays = {name: value.numpy() for name, value in tensors.items()}
+    np.savez(file, header=np.array(header), **arrays)
+
+
+def _read_arrays(file, variables):
+    with np.load(file) as saved:
+        left = {name: saved[name] for name in {v.dtype.name for v in variables}}
+    arrays = []
+    for variable in variables:
+        size, name = variable.shape.num_elements(), variable.dtype.name
+        values, left[name] = np.split(left[name], [size])
+        # NumPy loads types of others, such as bfloat16, as raw bytes.
+        values = values.view(variable.dtype.as_numpy_dtype)
+        arrays.append(values.reshape(variable.shape))
+    return arrays
 
 
 @tf.function(autograph=False)

@@ -35,7 +35,7 @@ def speak_for_swarm(model, synchronizer):
             continue  # A `keras.Trainer` that is no `keras.Model`.
         method = getattr(type(model), name).__get__(model)
         if name in _SAVED:
-            method = _by_chief(method, is_chief=strategy.worker_index == 0)
+            method = _by_chief(method, strategy)
         if name != "get_metrics_result":
             wrap = _then_rest if name in _SET else _as_agreed
             method = wrap(method, synchronizer)
@@ -79,12 +79,12 @@ def _then_rest(method, synchronizer):
     return set_all
 
 
-def _by_chief(save, is_chief):
+def _by_chief(save, strategy):
     """Lets the chief write, beside the path, and then move it there."""
 
     @functools.wraps(save)
     def save_whole(filepath, *args, **kwargs):
-        if not is_chief:
+        if not strategy.is_chief:
             return
         path = pathlib.Path(filepath)
         overwrite = args[0] if args else kwargs.get("overwrite", True)

@@ -126,11 +126,16 @@ class Particles:
         for replica, (variables, values) in enumerate(zip(self.variables(), arrays)):
             own = set()
             if self.indices[replica] in newcomers:
-                # Its random seeds and slots are its own, and fresh.
+                # Its random seeds, slots and metrics are its own, and fresh.
+                self.heal(replica)
                 own = {id(copies[replica]) for copies, _ in self._slots} | {
                     id(self._copies(variable)[replica])
                     for variable in self._model.non_trainable_variables
                     if not tf.as_dtype(variable.dtype).is_floating
+                }
+                own |= {
+                    id(self._copies(variable)[replica])
+                    for variable in self._model.metrics_variables
                 }
             for variable, value in zip(variables, values):
                 if id(variable) not in own:

@@ -321,6 +321,10 @@ class Synchronizer:
         self.num_syncs += 1
         return np.where(unknown & np.isfinite(fitness), np.nan, fitness)
 
+    def tell_all_anew(self):
+        """Lets the next vector travel though it is the last one: one worker is new."""
+        self._sent = None
+
     def drop(self):
         """Forgets a synchronisation that is under way; its transfer ends first."""
         if self.is_under_way:

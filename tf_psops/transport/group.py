@@ -37,6 +37,7 @@ class Group:
         joins: Whether this worker has to `join` a swarm that runs.
 
     Attributes:
+        is_elastic: Whether the swarm goes on without a worker that is lost.
         occasion: What the members meet for, to name it in errors.
         is_joining: Whether this worker is not yet in the swarm. It is alone until then.
     """
@@ -44,7 +45,7 @@ class Group:
     def __init__(self, membership, rendezvous, joins):
         self._membership = membership
         self._rendezvous = rendezvous
-        self._is_elastic = membership.min_workers < membership.num_workers
+        self.is_elastic = membership.min_workers < membership.num_workers
         self._in_transaction = False
         self._alone = False
         self._error = None
@@ -150,7 +151,7 @@ class Group:
             has_result, result = False, None
             try:
                 result, has_result = work(), True
-                if self._is_elastic:
+                if self.is_elastic:
                     words = self._commit(self._waiting() if admits else b"")
                     self._candidates = self._common(words) if admits else ()
                 return result
@@ -161,7 +162,7 @@ class Group:
                         self.end(f"Worker {self.index}: {lost}")
                         raise lost from None
                     raise
-                if not self._is_elastic:
+                if not self.is_elastic:
                     self._fail(lost)
                 before = self.members
                 if membership.change_view(has_result):
@@ -256,8 +257,13 @@ class Group:
         logging.warning("Worker %d joins at %s.", worker, self.occasion)
         return worker
 
+    def enter(self):
+        """Takes part from here on, after `join`."""
+        self.is_joining = False
+        self._rendezvous.run()
+
     def join(self, seconds):
-        """Waits until the members let this worker in.
+        """Waits until the members let this worker in, who then wait for it to `enter`.
 
         Returns:
             What they sent for it, a `memoryview` of bytes.
@@ -267,6 +273,7 @@ class Group:
         """
         membership = self._membership
         deadline = time.monotonic() + seconds
+        self._rendezvous.join()
         while time.monotonic() < deadline:
             self._take_links()
             state = membership.await_invitation(0.2)
@@ -275,8 +282,6 @@ class Group:
                 for worker in set(membership.links) - set(membership.others):
                     # It waits to join as well.
                     self._rendezvous.put_back(worker, membership.links.pop(worker))
-                self.is_joining = False
-                self._rendezvous.run()
                 return state
         raise TimeoutError(
             f"Worker {self.index} has waited for {seconds:g} seconds to join the "
@@ -314,7 +319,7 @@ class Group:
             link.close()
         self._membership.links.clear()
         self._membership.begin(0, (self.index,))
-        self.is_joining = self._rendezvous.join()
+        self.is_joining = self._rendezvous.finds_swarm()
         return self.is_joining
 
     # Collectives.

@@ -45,7 +45,7 @@ class LostError(Exception):
         self.late = tuple(late)
 
 
-class DroppedError(Exception):
+class DroppedError(RuntimeError):
     """The others go on without this worker."""
 
 
@@ -275,10 +275,11 @@ class Membership:
                 link.close()
         if self.index not in members:
             raise DroppedError(
-                f"workers {list(members)} go on without it"
+                f"Worker {self.index} has been dropped: workers {list(members)} go on."
                 if members
-                else f"fewer than min_workers={self.min_workers} reach each other, or "
-                "they are not the larger part"
+                else f"Worker {self.index} cannot go on: fewer than "
+                f"min_workers={self.min_workers} reach each other, or not the larger "
+                "part of the swarm. Start the others again, or all from a backup."
             )
         committed = finished > self.finished
         self.finished = finished

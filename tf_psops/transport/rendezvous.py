@@ -106,7 +106,7 @@ class Rendezvous:
                 self._over.set()
                 raise ValueError(self._problem)
             if self._runs:
-                self._state = _JOINING
+                self._over.set()
                 return True
             if missing:
                 if not is_enough({self._index, *self._found}):
@@ -116,22 +116,25 @@ class Rendezvous:
         self.run()
         return False
 
-    def join(self):
-        """Calls all other workers, to join those that run.
-
-        Returns:
-            Whether any of them runs.
-        """
+    def finds_swarm(self):
+        """Returns whether any of the other workers runs without this one."""
         others = set(range(len(self._addresses))) - {self._index}
         with self._changed:
-            self._state = _JOINING
+            self._state = _STARTING
             self._answers.clear()
         self._call_all()
         with self._changed:
             self._changed.wait_for(
                 lambda: self._runs or others <= set(self._answers), _HANDSHAKE_SECONDS
             )
+            self._over.set()
             return self._runs
+
+    def join(self):
+        """Begins to call all other workers, to join those that run."""
+        with self._changed:
+            self._state = _JOINING
+        self._call_all()
 
     def run(self):
         """Notes that this worker is in the swarm."""
@@ -321,7 +324,7 @@ class Rendezvous:
             if self._state == _RUNNING and not self._admits:
                 return {"state": _FULL, "accepted": False}
             if self._state == _RUNNING:
-                accepted = True
+                accepted = hello["state"] == _JOINING
             else:
                 accepted = worker > self._index and hello["state"] != _RUNNING
             return {"state": self._state, "accepted": accepted}
