@@ -306,6 +306,7 @@ class MembershipTest(parameterized.TestCase):
                 return stay(groups[index])
             group = cluster.start(index)
             group.join(10)
+            group.enter()
             return stay(group)
 
         return _run(range(len(groups)), work)
