@@ -263,6 +263,14 @@ class ReportTest(tf.test.TestCase):
         ]
         self.assertEqual(compare._best_rates(records), {("pso", 10, "full"): 0.2})
 
+    def test_rate_that_fails_with_some_seeds_is_not_the_best(self):
+        runs = [(0.1, 0, 0.5), (0.1, 1, 0.6), (0.2, 1, 0.9)]
+        records = [
+            {**_record("pso", 10, seed, accuracy), "learning_rate": rate}
+            for rate, seed, accuracy in runs
+        ]
+        self.assertEqual(compare._best_rates(records), {("pso", 10, "full"): 0.1})
+
     def test_one_seed_has_no_standard_error(self):
         records = [_record("average", 10, 0, 0.90), _record("pso", 10, 0, 0.93)]
         table = report.markdown(records)

@@ -201,10 +201,17 @@ def _best_rates(records):
     for record in records:
         place = (record["method"], record["interval"], record["partition"])
         results[place][record["learning_rate"]].append(measure.of(record))
-    return {
-        place: measure.best(by_rate, key=lambda rate: statistics.mean(by_rate[rate]))
-        for place, by_rate in results.items()
-    }
+    best = {}
+    for place, by_rate in results.items():
+        # A rate that fails with some seeds must not be judged by the others.
+        most = max(map(len, by_rate.values()))
+        means = {
+            rate: statistics.mean(runs)
+            for rate, runs in by_rate.items()
+            if len(runs) == most
+        }
+        best[place] = measure.best(means, key=means.get)
+    return best
 
 
 def main(argv):
