@@ -177,6 +177,17 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         self.assertEqual(launch.launch(arguments, num_workers=2, output=output), 1)
         self.assertRegex(output.getvalue(), "Received: particles=3")
 
+    def test_two_workers_show_every_particle(self):
+        command = [sys.executable, "-m", "trainers.train", "--model=mlp", "--epochs=1"]
+        output = io.StringIO()
+        self.assertEqual(launch.launch(command, num_workers=2, output=output), 0)
+        text = output.getvalue()
+        self._check_workers(text, "01", accuracy=0.6)
+        for particle in "01":
+            rows = re.findall(rf"\[worker \d\] particle {particle} +(.*)", text)
+            self.assertLen(rows, 2)
+            self.assertLen(set(rows), 1)
+
     @pytest.mark.skip(reason="SwarmStrategy does not read TF_PSOPS_MIN_WORKERS yet.")
     def test_goes_on_without_a_worker_that_never_comes_back(self):
         output = pathlib.Path(self.get_temp_dir(), "o")

@@ -57,10 +57,17 @@ def evaluate_particles(model, dataset):
         return tf.stack(strategy.experimental_local_results(counts))
 
     local = _totals(dataset, on_all_replicas)
-    rows = strategy.experimental_distribute_values_from_function(
-        lambda context: local[context.replica_id_in_sync_group % len(local) :][:1]
-    )
-    return [_score(row) for row in strategy.gather(rows, axis=0).numpy()]
+    num_particles = strategy.num_workers * len(local)
+
+    def place(context):
+        replica = context.replica_id_in_sync_group % len(local)
+        index = strategy.worker_index * len(local) + replica
+        return tf.pad([local[replica]], [[index, num_particles - 1 - index], [0, 0]])
+
+    rows = strategy.experimental_distribute_values_from_function(place)
+    table = strategy.reduce("SUM", rows, axis=None).numpy()
+    # A worker that is lost counts no example.
+    return [_score(row) for row in table if row[-1]]
 
 
 class ParticleEvaluation(keras.callbacks.Callback):
