@@ -1,5 +1,7 @@
 """Tests that a swarm takes every input that Keras takes, as plain Keras does."""
 
+import multiprocessing
+
 import clusters
 import keras
 import numpy as np
@@ -227,6 +229,30 @@ class KerasTest(tf.test.TestCase, parameterized.TestCase):
         result, _ = _fit(strategy, kind, num_arrays=3)
         self.assertNotAllClose(expected, _fit(None, kind)[0])
         _assert_close(self, result, expected)
+
+    @parameterized.parameters(
+        {"class_weight": {0: 1.0, 1: 2.0}}, {"sample_weight": np.linspace(0.1, 1.0, 32)}
+    )
+    def test_a_later_fit_with_batches_of_another_structure(self, **weighted):
+        strategy = tf_psops.SwarmStrategy.in_process(2)
+        x, y = _rows(32)[0], np.tile([0, 1], 16)
+        weights = []
+        for swarm in strategy, tf.distribute.get_strategy():
+            keras.utils.set_random_seed(1)
+            with swarm.scope():
+                model = keras.Sequential([keras.Input([4]), layers.Dense(2)])
+                loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+                model.compile(keras.optimizers.SGD(0.1), loss)
+            callbacks = []
+            if swarm is strategy:
+                callbacks = [tf_psops.PSOSync(1, tf_psops.ParameterAverage())]
+            for arguments in {}, weighted, {}:
+                model.fit(
+                    x, y, batch_size=16, shuffle=False, verbose=0, callbacks=callbacks,
+                    **arguments,
+                )  # fmt: skip
+            weights.append(model.get_weights())
+        _assert_close(self, *weights)
 
     @parameterized.parameters(1, 2, 3)
     def test_frames(self, particles):
@@ -486,6 +512,34 @@ class DistributedTest(tf.test.TestCase, parameterized.TestCase):
         for _ in range(3):
             model.evaluate(*_rows(16), batch_size=8, verbose=0)
         self.assertLen(traces, particles)
+
+
+def _burn():
+    while True:
+        np.ones([300, 300]) @ np.ones([300, 300])
+
+
+def _evaluate_often(particles, times):
+    spawn = multiprocessing.get_context("spawn")
+    burners = [spawn.Process(target=_burn, daemon=True) for _ in range(2)]
+    for burner in burners:
+        burner.start()
+    model = _model(tf_psops.SwarmStrategy.in_process(particles))
+    data = _dataset(*_rows(12)).batch(6)
+    scores = {tuple(model.evaluate(data, verbose=0)) for _ in range(times)}
+    for burner in burners:
+        burner.kill()
+    return scores
+
+
+class CrashTest(parameterized.TestCase):
+    @parameterized.parameters(2, 3, 4)
+    @pytest.mark.slow
+    @pytest.mark.timeout(1800)
+    def test_evaluations_beside_other_load(self, particles):
+        # In a process of its own, which a crash would end.
+        (scores,) = clusters.run(_evaluate_often, 1, particles, 2000, timeout=1700)
+        self.assertLen(scores, 1)
 
 
 def _work(kinds, calls):

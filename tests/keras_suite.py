@@ -28,6 +28,8 @@ import sys
 import tempfile
 import types
 
+from tests import keras_suite_reasons
+
 _GROUPS = {
     "trainers": ["trainers/*_test.py"],
     "callbacks": ["callbacks/*_test.py"],
@@ -206,8 +208,6 @@ def unexplained(results):
     Args:
         results: A dict from a strategy's name to what `run` returns.
     """
-    from tests import keras_suite_reasons
-
     return {
         name: result
         for name, result in results["swarm"].items()
@@ -218,8 +218,6 @@ def unexplained(results):
 
 
 def _print(group, results):
-    from tests import keras_suite_reasons
-
     without_fault = unexplained(results)
     print(f"\n{group:14}{'passed':>8}{'failed':>8}{'refused':>9}{'skipped':>9}")
     for strategy, found in results.items():
