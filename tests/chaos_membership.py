@@ -53,14 +53,17 @@ class Return(NamedTuple):
     """How a worker came back after a fault.
 
     Attributes:
-        step: Its first step, as the others count.
+        step: Where it begins, as the others count their steps.
         seconds: From the fault, or SIGCONT, to that step.
         syncs: How many synchronisations the others had from when it was ready to join.
+        waited: The longest time in seconds from one step of another worker to its next,
+            until shortly after.
     """
 
     step: int
     seconds: float
     syncs: int
+    waited: float
 
 
 class Report(NamedTuple):
@@ -210,25 +213,30 @@ def _return(fault, journals, faults):
     journal = journals[fault.worker]
     later = [f.time for f in faults if f.worker == fault.worker and f.time > fault.time]
     end = min(later, default=float("inf"))
-    last = [note for note in journal if note.time <= fault.time][-1:]
+    before = [note.kind for note in journal if note.time <= fault.time]
     after = [note for note in journal if fault.time < note.time < end]
-    ready, old = fault.time, 0
-    if fault.signal == "SIGSTOP" and last and last[0].kind != "start":
-        # It may still do steps of its own until it hears that it was dropped.
-        old = last[0].step + SYNC_EVERY if last[0].step else 0
-    else:
-        ready = next((note.time for note in after if note.kind == "ready"), end)
-    first = next((n for n in after if n.time > ready and n.step > old), None)
-    if first is None:
-        return None
+    ready = next((note.time for note in after if note.kind == "ready"), end)
+    if fault.signal == "SIGSTOP" and before[-1:] == ["ready"]:
+        ready = fault.time
     others = [
         note.step
         for worker, notes in enumerate(journals)
         for note in notes
         if worker != fault.worker and note.time <= ready
     ]
-    syncs = (first.step - 1) // SYNC_EVERY - max(others, default=0) // SYNC_EVERY
-    return Return(first.step, first.time - fault.time, syncs)
+    there = max(others, default=0)
+    joined = [n for n in after if n.time > ready and n.step >= max(there, 1)]
+    if not joined:
+        return None
+    first = joined[0]
+    syncs = first.step // SYNC_EVERY - there // SYNC_EVERY
+    waits = [
+        (after.time - before.time)
+        for worker, notes in enumerate(journals)
+        for before, after in zip(notes, notes[1:])
+        if worker != fault.worker and fault.time < after.time < first.time + 10
+    ]
+    return Return(first.step, first.time - fault.time, syncs, max(waits, default=0))
 
 
 def _check_journals(faults, returns, journals):
@@ -278,15 +286,17 @@ def _accuracy(folder, problems):
 
 def show(report):
     """Prints a table of the faults, and what held."""
-    heads = "fault", "worker", "signal", "at step", "back at", "seconds", "syncs"
-    print(("{:>5} {:>6} {:>8}" + " {:>8}" * 4).format(*heads))
+    heads = "fault", "worker", "signal", "at step", "back at", "after s", "syncs"
+    print(("{:>5} {:>6} {:>8}" + " {:>8}" * 5).format(*heads, "wait s"))
     for number, (fault, back) in enumerate(zip(report.faults, report.returns), 1):
         step = fault.step or "start"
         print(f"{number:5} {fault.worker:6} {fault.signal:>8} {step:>8}", end="")
         if back is None:
             print(" hit again before")
         else:
-            print(f" {back.step:8} {back.seconds:8.1f} {back.syncs:8}")
+            print(
+                f" {back.step:8} {back.seconds:8.1f} {back.syncs:8} {back.waited:8.1f}"
+            )
     if len(report.accuracies) == 2:
         calm, stormy = report.accuracies
         print(f"Accuracy: {stormy:.4f}, undisturbed {calm:.4f}.")

@@ -1,4 +1,8 @@
-"""The training that `tests.chaos_membership` disturbs: digits, and a timed journal."""
+"""The training that `tests.chaos_membership` disturbs: digits, and a timed journal.
+
+The journal has each start, each time that the worker is ready to join the others, and
+each local step.
+"""
 
 import pathlib
 import sys
@@ -9,6 +13,7 @@ import numpy as np
 
 import tf_psops
 from tests.chaos_membership import SYNC_EVERY, TIMEOUT
+from tf_psops.transport import group
 from trainers import datasets, evaluation, models
 
 _BATCH_SIZE = 16
@@ -17,7 +22,7 @@ _STEP_SECONDS = 0.1
 
 
 class _Journal(keras.callbacks.Callback):
-    """Notes each start, and the local steps of this worker after each batch."""
+    """Notes the local steps of this worker after each batch, and what it is told."""
 
     def __init__(self, folder, index, num_steps):
         super().__init__()
@@ -58,7 +63,13 @@ def train(folder):
         loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         rate = keras.optimizers.schedules.CosineDecay(2e-3, num_steps)
         model.compile(keras.optimizers.Adam(rate), loss, metrics=["accuracy"])
-    journal.note("ready")
+    join = group.Group.join
+
+    def noted_join(*args):
+        journal.note("ready")
+        return join(*args)
+
+    group.Group.join = noted_join
     model.fit(
         datasets.train_dataset(data, epochs=epochs, seed=0, **swarm),
         epochs=epochs,
