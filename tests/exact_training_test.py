@@ -124,6 +124,73 @@ class OwnComputesLoss(Own):
         return {metric.name: metric.result() for metric in self.metrics}
 
 
+class AutoEncoder(keras.Model):
+    """Is made as keras.io's VAE: without `call`, and without a compiled loss."""
+
+    def __init__(self):
+        super().__init__()
+        self.encoder = keras.Sequential([keras.Input([4]), layers.Dense(2)])
+        self.decoder = keras.Sequential([keras.Input([2]), layers.Dense(4)])
+        self.total = keras.metrics.Mean(name="total_loss")
+
+    @property
+    def metrics(self):
+        return [self.total]
+
+    def train_step(self, data):
+        x, _ = data
+        with tf.GradientTape() as tape:
+            decoded = self.decoder(self.encoder(x))
+            loss = keras.ops.mean(keras.ops.sum((decoded - x) ** 2, axis=-1))
+        weights = self.trainable_weights
+        self.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
+        self.total.update_state(loss)
+        return {"loss": self.total.result()}
+
+
+class Adversaries(keras.Model):
+    """Is made as keras.io's GAN: with two optimizers, and without a "loss"."""
+
+    def __init__(self):
+        super().__init__()
+        self.generator = keras.Sequential([keras.Input([4]), layers.Dense(4)])
+        self.critic = keras.Sequential([keras.Input([4]), layers.Dense(1)])
+        self.losses_seen = [keras.metrics.Mean(name=n) for n in ("d_loss", "g_loss")]
+
+    def compile(self, optimizer, loss, metrics):
+        super().compile()
+        self.d_optimizer = optimizers.Adam(0.05)
+        self.g_optimizer = optimizer
+        self.loss_of = losses.BinaryCrossentropy(from_logits=True)
+
+    @property
+    def metrics(self):
+        return self.losses_seen
+
+    def train_step(self, data):
+        x, _ = data
+        made = self.generator(x[::-1])
+        truth = keras.ops.concatenate([tf.ones_like(x[:, :1]), tf.zeros_like(x[:, :1])])
+        with tf.GradientTape() as tape:
+            d_loss = self.loss_of(truth, self.critic(keras.ops.concatenate([x, made])))
+        weights = self.critic.trainable_weights
+        self.d_optimizer.apply_gradients(zip(tape.gradient(d_loss, weights), weights))
+        with tf.GradientTape() as tape:
+            made = self.critic(self.generator(x[::-1]))
+            g_loss = self.loss_of(tf.ones_like(made), made)
+        weights = self.generator.trainable_weights
+        self.g_optimizer.apply_gradients(zip(tape.gradient(g_loss, weights), weights))
+        for metric, loss in zip(self.metrics, (d_loss, g_loss)):
+            metric.update_state(loss)
+        return {metric.name: metric.result() for metric in self.metrics}
+
+
+def _frozen():
+    model = _classifier()
+    model.trainable = False
+    return model
+
+
 class OwnLoss(losses.Loss):
     def call(self, y, predicted):
         one_hot = tf.one_hot(tf.reshape(tf.cast(y, tf.int32), [-1]), 3)
@@ -196,6 +263,9 @@ _CASES = {
     },
     "own_train_step_computes_loss": {"model": OwnComputesLoss},
     "own_train_step_scaled": {"model": OwnComputesLoss, "optimizer": _scaled()},
+    "auto_encoder": {"model": AutoEncoder, "evaluated": False},
+    "adversaries": {"model": Adversaries, "evaluated": False},
+    "no_trainable_weights": {"model": _frozen},
     "steps_per_execution": {"compile": {"steps_per_execution": 3}},
     "eager": {"compile": {"run_eagerly": True}, "optimizer": _optimizer(clipnorm=0.05)},
 }
@@ -206,7 +276,7 @@ def _fit(strategy, case):
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = case.get("model", _classifier)()
-        if not model.built:
+        if not model.built and type(model).call is not keras.Model.call:
             model.build((None, 4))
         model.compile(
             optimizer=case.get("optimizer", _optimizer())(),
@@ -218,25 +288,29 @@ def _fit(strategy, case):
     x, y, sample_weight = (_for_each_particle(a, particles) for a in _rows())
     weighted = {"sample_weight": sample_weight} if case.get("weighted") else {}
     sync = tf_psops.PSOSync(_EVERY, tf_psops.ParameterAverage())
+    evaluated = case.get("evaluated", True)
     history = model.fit(
         x,
         y,
         batch_size=particles * swarms.ROWS,
         epochs=2,
         shuffle=False,
-        validation_data=(x, y, *weighted.values()),
+        validation_data=(x, y, *weighted.values()) if evaluated else None,
         callbacks=[sync] if strategy else [],
         verbose=0,
         **weighted,
         **case.get("fit", {}),
     ).history
-    evaluation = model.evaluate(
-        x, y, batch_size=particles * swarms.ROWS, verbose=0, **weighted
-    )
+    evaluation = None
+    if evaluated:
+        evaluation = model.evaluate(
+            x, y, batch_size=particles * swarms.ROWS, verbose=0, **weighted
+        )
     if strategy:
-        weights = swarms.weights(model)
+        copies = zip(*(swarms.local(model, v) for v in model.weights))
     else:
-        weights = [np.concatenate([w.numpy().ravel() for w in model.trainable_weights])]
+        copies = [[v.numpy() for v in model.weights]]
+    weights = [np.concatenate([w.ravel() for w in own]) for own in copies]
     return weights, history, evaluation
 
 
@@ -251,7 +325,8 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
         for weights in result[0]:
             self.assertEqual(float(abs(weights - expected).max()), 0.0)
         self.assertAllClose(result[1], history, rtol=1e-6)
-        self.assertAllClose(result[2], evaluation, rtol=1e-6)
+        if evaluation:
+            self.assertAllClose(result[2], evaluation, rtol=1e-6)
 
 
 def _fit_on_worker(names):
@@ -270,6 +345,8 @@ class TwoWorkersTest(tf.test.TestCase):
             "regularisers",
             "add_loss",
             "sample_weight_sum",
+            "auto_encoder",
+            "adversaries",
             "own_train_step_clipped",
             "own_train_step_computes_loss",
         )
@@ -280,7 +357,8 @@ class TwoWorkersTest(tf.test.TestCase):
                 self.assertLen(result[0], 1)
                 self.assertEqual(float(abs(result[0] - weights).max()), 0.0, name)
                 self.assertAllClose(result[1], history, rtol=1e-6, msg=name)
-                self.assertAllClose(result[2], evaluation, rtol=1e-6, msg=name)
+                if evaluation:
+                    self.assertAllClose(result[2], evaluation, rtol=1e-6, msg=name)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
+from absl.testing import parameterized
 from keras import layers
 
 import tf_psops
@@ -57,11 +58,16 @@ class _Steps(keras.callbacks.Callback):
 
 
 class _Poison(keras.callbacks.Callback):
-    """Makes the weights of a worker's first particle NaN after its fourth step."""
+    """Makes the weights of a worker's first particles NaN after its fourth step."""
+
+    def __init__(self, particles=1):
+        super().__init__()
+        self._particles = particles
 
     def on_train_batch_end(self, batch, logs=None):
         if batch == 3:
-            for copy in _copies(self.model, self.model.trainable_variables[0])[:1]:
+            copies = _copies(self.model, self.model.trainable_variables[0])
+            for copy in copies[: self._particles]:
                 copy.assign(copy * np.nan)
 
 
@@ -128,6 +134,9 @@ def _stop_in_many_ways():
         results["requests"].append(_fit(model, *callbacks))
     sick = [_Poison(), keras.callbacks.TerminateOnNaN()] if second else []
     results["nan"] = _fit(model, *sick, sync)
+    # Only one of them says what to do when all are NaN.
+    stopper = [keras.callbacks.TerminateOnNaN()] if second else []
+    results["all_nan"] = _fit(model, _Poison(), sync, *stopper)
     results["plateau"] = _fit(model, sync, _plateau())
     model, sync = _swarm(strategy, steps_per_execution=3)
     request = _Steps(step=3 if second else None)
@@ -144,7 +153,7 @@ def _plateau():
     return keras.callbacks.ReduceLROnPlateau("loss", mode="max", patience=1, factor=0.5)
 
 
-class StopTogetherTest(tf.test.TestCase):
+class StopTogetherTest(tf.test.TestCase, parameterized.TestCase):
     def test_several_workers(self):
         results = clusters.run(_stop_in_many_ways, 2, timeout=180)
         fits = {name: [result[name] for result in results] for name in results[0]}
@@ -154,6 +163,11 @@ class StopTogetherTest(tf.test.TestCase):
         with self.subTest("NaN"):
             self._check(fits["nan"], steps=6)
             self.assertEqual([fit["num_sick"] for fit in fits["nan"]], [1, 1])
+        with self.subTest("all NaN"):
+            for fit in fits["all_nan"]:
+                self.assertEqual((fit["steps"], fit["num_syncs"]), (6, 1))
+                self.assertTrue(np.isfinite(fit["weights"]).all())
+                self.assertAllEqual(fit["weights"], fits["all_nan"][0]["weights"])
         with self.subTest("plateau"):
             self._check(fits["plateau"], steps=21)
             self.assertAllClose([f["rates"] for f in fits["plateau"]], [[[0.025]]] * 2)
@@ -164,6 +178,20 @@ class StopTogetherTest(tf.test.TestCase):
             model, sync = _swarm(tf_psops.SwarmStrategy.in_process(2))
             alone = _fit(model, _early_stop_vote(), sync)
             self.assertAllClose(fits["early"][0]["loss"], alone["loss"])
+
+    @parameterized.product(every=(1, 3, 5, 100), before=(True, False), delay=(0, 1))
+    def test_all_particles_are_nan(self, every, before, delay):
+        model = _model(tf_psops.SwarmStrategy.in_process(2))
+        rule = tf_psops.ParameterAverage()
+        sync = tf_psops.PSOSync(every, rule, delay=delay if every > 1 else 0)
+        stopper = keras.callbacks.TerminateOnNaN()
+        callbacks = (stopper, sync) if before else (sync, stopper)
+        result = _fit(model, _Poison(2), *callbacks)
+        # Keras sees it in the loss of the step after.
+        self.assertEqual(result["steps"], 4 if every == 1 else 5)
+        self.assertTrue(np.isfinite(result["weights"]).all())
+        self.assertTrue(np.isfinite(model.get_weights()[0]).all())
+        self.assertEqual(result["num_syncs"], 4 // every - (every == 1))
 
     def test_one_worker(self):
         model, sync = _swarm(tf_psops.SwarmStrategy.in_process(2))

@@ -18,6 +18,7 @@ def add(function, *vectors):
     return tf.add_n(
         [
             function(*(vector[i : i + _PIECE] for vector in vectors))
-            for i in range(0, vectors[0].shape[0], _PIECE)
+            # A vector of nothing has one piece, and the sum of it.
+            for i in range(0, max(vectors[0].shape[0], 1), _PIECE)
         ]
     )

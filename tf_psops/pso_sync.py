@@ -16,10 +16,10 @@ from tf_psops.keras_hooks import (
     stop_vote,
     swapped_weights,
 )
-from tf_psops.sync import synchronizer
+from tf_psops.sync import divergence, synchronizer
 
 # What a worker wishes for the whole swarm, the strongest last.
-_GO_ON, _STOP, _GO_AWAY = range(3)
+_GO_ON, _STOP_ON_NAN, _STOP, _GO_AWAY = range(4)
 
 
 class PSOSync(keras.callbacks.Callback):
@@ -205,6 +205,7 @@ class PSOSync(keras.callbacks.Callback):
         self._may_admit = True
         self._synchronizer = None
         self._stop_vote = None
+        self._stops_on_nan = False
         self._synchronized = None
         self._rehearsed = False
         self._history = None  # That of the `fit` that goes on.
@@ -213,6 +214,7 @@ class PSOSync(keras.callbacks.Callback):
         self._epoch = 0
         self._steps_in_epoch = 0
         self._synced_steps = 0
+        self._diverged = False
         self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
         self._file_writers = None
 
@@ -235,6 +237,10 @@ class PSOSync(keras.callbacks.Callback):
         if callback_list is None:
             return
         fit_checks.check_callbacks(callback_list.callbacks, PSOSync)
+        self._stops_on_nan = any(
+            isinstance(callback, keras.callbacks.TerminateOnNaN)
+            for callback in callback_list.callbacks
+        )
         self._file_writers = file_writers.FileWriters(callback_list)
         self._file_writers.leave_to(model.distribute_strategy.is_chief)
 
@@ -278,6 +284,7 @@ class PSOSync(keras.callbacks.Callback):
         self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
         self.sync_seconds = 0.0
         self._first_step = self._steps = self._synced_steps = 0
+        self._diverged = False
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -308,7 +315,7 @@ class PSOSync(keras.callbacks.Callback):
                 self._synchronizer.rehearse(take_mean=self._takes_mean())
         under_way = self._synchronizer.is_under_way
         if under_way and self._steps >= self._synced_steps + self.delay:
-            self._finish()
+            self._unless_all_diverged(self._finish)
         due = self._synced_steps + self.sync_every
         if self._steps > due:
             raise ValueError(
@@ -319,24 +326,40 @@ class PSOSync(keras.callbacks.Callback):
                 "steps_per_execution=1."
             )
         if self._steps == due:
-            self._start()
-            if not self.delay:
-                self._finish()
+            self._unless_all_diverged(
+                self._start, *([] if self.delay else [self._finish])
+            )
 
     def on_train_end(self, logs=None):
         averaged = self._takes_mean()
         if averaged:
             self._synchronizer.drop()
         if self._synchronizer.is_under_way:
-            self._finish()
+            self._unless_all_diverged(self._finish)
         if self._steps > self._synced_steps and not averaged:
             self._may_admit = False  # There is nothing left to do for another one.
-            self._start()
-            self._finish()
-        self._resume_state.end(None if averaged else self._place())
+            self._unless_all_diverged(self._start, self._finish)
+        averaged = averaged and not self._diverged
+        at_sync = not (averaged or self._diverged)
+        self._resume_state.end(self._place() if at_sync else None)
         with self._meeting("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
+
+    def _unless_all_diverged(self, *functions):
+        """Calls functions, and stops all workers if a TerminateOnNaN would, on any.
+
+        The particles are then left apart: training ends with what was agreed on last.
+        """
+        try:
+            for function in functions:
+                function()
+        except divergence.AllDivergedError as error:
+            if error.wish < _STOP_ON_NAN:
+                raise
+            self._diverged = True
+            self._synced_steps = self._steps
+            self._stop_vote.decide(True)
 
     def _takes_mean(self):
         # Keras puts the moving averages in place of the weights before training ends.
@@ -427,7 +450,9 @@ class PSOSync(keras.callbacks.Callback):
     def _wish(self):
         if self._resume_state.preempted and not self._is_elastic:
             return _GO_AWAY
-        return _STOP if self._stop_vote.wanted else _GO_ON
+        if self._stop_vote.wanted:
+            return _STOP
+        return _STOP_ON_NAN if self._stops_on_nan else _GO_ON
 
     def _meeting(self, name):
         return self.model.distribute_strategy.meeting(name)

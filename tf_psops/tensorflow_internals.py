@@ -18,6 +18,8 @@ Private names used, and why no public one serves:
     rows a model predicts, and draws a batch to build it.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
     batches to several local GPUs. See `_without_tuning`.
+  * `values.SyncOnReadVariable` is the class of a variable that each replica has a copy
+    of. See `SwarmVariable`.
 """
 
 import contextlib
@@ -28,6 +30,7 @@ import itertools
 import weakref
 
 import keras
+import numpy as np
 import tensorflow as tf
 from absl import logging
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
@@ -75,6 +78,70 @@ multi_device_iterator_ops._create_device_dataset = _without_tuning(
 
 # Whether a data set is to give all rows to every worker, and not a share to each.
 _every_row = contextvars.ContextVar("every_row", default=False)
+
+
+class SwarmVariable(values.SyncOnReadVariable):
+    """A copy for each replica, with all that plain TensorFlow's variables can do.
+
+    The base class refuses to write to single rows, as optimizers do with the sparse
+    gradients of an embedding, and to be a Python number.
+    """
+
+    def scatter_add(self, *args, **kwargs):
+        return self._scatter("scatter_add", *args, **kwargs)
+
+    def scatter_sub(self, *args, **kwargs):
+        return self._scatter("scatter_sub", *args, **kwargs)
+
+    def scatter_mul(self, *args, **kwargs):
+        return self._scatter("scatter_mul", *args, **kwargs)
+
+    def scatter_div(self, *args, **kwargs):
+        return self._scatter("scatter_div", *args, **kwargs)
+
+    def scatter_min(self, *args, **kwargs):
+        return self._scatter("scatter_min", *args, **kwargs)
+
+    def scatter_max(self, *args, **kwargs):
+        return self._scatter("scatter_max", *args, **kwargs)
+
+    def scatter_update(self, *args, **kwargs):
+        return self._scatter("scatter_update", *args, **kwargs)
+
+    def batch_scatter_update(self, *args, **kwargs):
+        return self._scatter("batch_scatter_update", *args, **kwargs)
+
+    def scatter_nd_add(self, *args, **kwargs):
+        return self._scatter("scatter_nd_add", *args, **kwargs)
+
+    def scatter_nd_sub(self, *args, **kwargs):
+        return self._scatter("scatter_nd_sub", *args, **kwargs)
+
+    def scatter_nd_update(self, *args, **kwargs):
+        return self._scatter("scatter_nd_update", *args, **kwargs)
+
+    def _scatter(self, method, value, *args, **kwargs):
+        """Writes to the copy of the replica, and outside of the replicas to all."""
+
+        def write(variable, value):
+            return getattr(variable, method)(value, *args, **kwargs)
+
+        return self._update(write, value)
+
+    def __float__(self):
+        return float(self.numpy())
+
+    def __int__(self):
+        return int(self.numpy())
+
+    def __complex__(self):
+        return complex(self.numpy())
+
+    def __bool__(self):
+        return bool(self.numpy())
+
+    def __array__(self, dtype=None):
+        return np.asarray(self.numpy(), dtype=dtype)
 
 
 class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
@@ -131,6 +198,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
             kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
         variable = super()._create_variable(next_creator, **kwargs)
+        # No argument of the base class says which class to take.
+        variable.__class__ = SwarmVariable
         self._new_variables.append(variable)
         return variable
 
@@ -364,12 +433,18 @@ def _build_without_data(maybe_symbolic_build):
     """Tells a model of a swarm the shapes of its batches without drawing one.
 
     Keras would draw a batch from an iterator that it then drops, and with it what that
-    has read ahead of a generator, and one round of a shuffle.
+    has read ahead of a generator, and one round of a shuffle. A model without `call`,
+    such as a GAN, is not built, as Keras does it without a strategy.
     """
 
     @functools.wraps(maybe_symbolic_build)
     def build(self, iterator=None, data_batch=None):
         if isinstance(self.distribute_strategy.extended, SwarmExtended):
+            if type(self).call is keras.Model.call:
+                if self.optimizer is not None and not self.optimizer.built:
+                    with self.distribute_strategy.scope():
+                        self.optimizer.build(self.trainable_variables)
+                return
             if iterator is not None:
                 data_batch = _known_batch(iterator)
             if data_batch is not None:

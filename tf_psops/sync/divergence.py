@@ -8,6 +8,18 @@ from tf_psops import _pieces
 _FAR = 100.0
 
 
+class AllDivergedError(FloatingPointError):
+    """No particle has a finite loss and finite weights.
+
+    Attributes:
+        wish: The largest wish of all workers at this synchronisation.
+    """
+
+    def __init__(self, text, wish):
+        super().__init__(text)
+        self.wish = wish
+
+
 def have_diverged(fitness, distances):
     """Returns which particles are out of order, [W]: not finite, or far from the rest.
 

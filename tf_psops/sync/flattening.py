@@ -34,7 +34,8 @@ class Flattening:
         self.size = sum(sizes)
         self.num_bytes = self.size * dtype.size
         in_order = [variables[number].value for number in self._order]
-        self.variables = list(zip(*map(strategy.experimental_local_results, in_order)))
+        copies = list(zip(*map(strategy.experimental_local_results, in_order)))
+        self.variables = copies or [()] * len(strategy.extended.worker_devices)
 
     def tensor_ids(self):
         """Returns the number of the variable that each element belongs to, [size].

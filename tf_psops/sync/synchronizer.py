@@ -265,10 +265,11 @@ class Synchronizer:
             fitness, unknown = np.where(unknown, np.inf, fitness), unknown & False
         fitness = np.where(unknown, 0, fitness)
         if not np.isfinite(fitness).any():
-            raise FloatingPointError(
+            raise divergence.AllDivergedError(
                 "No particle has a finite training loss and finite weights at "
                 f"synchronisation {self.num_syncs}. Received the losses "
-                f"{fitness.tolist()}. Lower the learning rate, or clip the gradients."
+                f"{fitness.tolist()}. Lower the learning rate, or clip the gradients.",
+                int(wishes.max()),
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
