@@ -23,6 +23,24 @@ def _with_task(task):
     return _environ({"worker": _WORKERS}, task)
 
 
+class SignOfOthersTest(parameterized.TestCase):
+    @parameterized.parameters(
+        "SLURM_NTASKS",
+        "OMPI_COMM_WORLD_SIZE",
+        "PMI_SIZE",
+        "MV2_COMM_WORLD_SIZE",
+        "JSM_NAMESPACE_SIZE",
+        "WORLD_SIZE",
+    )
+    def test_process_manager_tells_of_others(self, name):
+        self.assertEqual(cluster.sign_of_others({name: "4"}), f"{name}=4")
+        for value in "1", "", "many":
+            self.assertIsNone(cluster.sign_of_others({name: value}))
+
+    def test_process_alone(self):
+        self.assertIsNone(cluster.sign_of_others({}))
+
+
 class ReadTfConfigTest(parameterized.TestCase):
     @parameterized.parameters(
         ({},),

@@ -1,7 +1,9 @@
 """Tests of `tf_psops.SwarmStrategy` with particles in one process."""
 
+import os
 import subprocess
 import sys
+from unittest import mock
 
 import clusters
 import keras
@@ -337,6 +339,13 @@ class ArgumentsTest(tf.test.TestCase, parameterized.TestCase):
             ValueError, f"`num_particles`.*at least 1.*num_particles={value!r}"
         ):
             tf_psops.SwarmStrategy.in_process(value)
+
+    @parameterized.parameters("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE")
+    def test_several_processes_without_a_cluster(self, name):
+        with mock.patch.dict(os.environ, {name: "3"}), self.assertLogs() as logs:
+            tf_psops.SwarmStrategy.in_process(1)
+        (text,) = [line for line in logs.output if name in line]
+        self.assertRegex(text, f"{name}=3.*chief.*TF_CONFIG.*SlurmClusterResolver")
 
     def test_too_many_particles_for_the_devices(self):
         available = len(tf.config.list_logical_devices("CPU"))

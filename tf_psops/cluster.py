@@ -19,6 +19,17 @@ _JOBS = ("chief", "worker")
 # A host name, an IPv4 address or a bracketed IPv6 address, then a port.
 _ADDRESS = re.compile(r"(?:\[[^\]\s]+\]|[^:\s]+):([0-9]{1,5})")
 
+# In which process managers tell how many processes they have started: Slurm, Open MPI,
+# MPICH and Intel MPI, MVAPICH, IBM's jsrun and PyTorch's torchrun.
+_NUMBERS_OF_PROCESSES = (
+    "SLURM_NTASKS",
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MV2_COMM_WORLD_SIZE",
+    "JSM_NAMESPACE_SIZE",
+    "WORLD_SIZE",
+)
+
 
 class Cluster(NamedTuple):
     """Names the workers of a cluster and this process's place among them.
@@ -110,6 +121,22 @@ def read_resolver(resolver: Any) -> Cluster | None:
         return None
     task = {"type": resolver.task_type, "index": resolver.task_id}
     return read_tf_config({"TF_CONFIG": json.dumps({"cluster": jobs, "task": task})})
+
+
+def sign_of_others(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Returns what says that this process was started together with others.
+
+    Args:
+      environ: Environment to read from. Defaults to `os.environ`.
+
+    Returns:
+      A variable that a process manager sets, as `"NAME=4"`, or `None`.
+    """
+    for name in _NUMBERS_OF_PROCESSES:
+        value = environ.get(name, "")
+        if value.isdecimal() and int(value) > 1:
+            return f"{name}={value}"
+    return None
 
 
 def _read_jobs(jobs: Any) -> dict[str, list[str]]:

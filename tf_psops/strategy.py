@@ -5,6 +5,7 @@ import os
 import weakref
 
 import tensorflow as tf
+from absl import logging
 
 from tf_psops import _checks, cluster, tensorflow_internals
 from tf_psops.transport import equality, group, handshake, initial_values
@@ -113,6 +114,17 @@ class SwarmStrategy(tf.distribute.Strategy):
                 cluster_resolver=cluster_resolver,
             )
             found = cluster.read_resolver(cluster_resolver)
+        others = found is None and cluster.sign_of_others()
+        if others:
+            logging.warning(
+                "This process knows of no cluster, but %s says that others were "
+                "started with it: each of them is then the chief of a swarm of its "
+                "own, and writes the same files. Set TF_CONFIG in each process, as "
+                "`python -m tf_psops.launch` does, or give SwarmStrategy a "
+                "`cluster_resolver`, such as "
+                "tf.distribute.cluster_resolver.SlurmClusterResolver().",
+                others,
+            )
         workers, index = found or ((None,), 0)
         min_workers = _check_min_workers(min_workers, len(workers))
         self._observers = weakref.WeakKeyDictionary()
