@@ -68,7 +68,7 @@ class PSOSync(keras.callbacks.Callback):
             Adam"), at the cost of as much traffic again for each slot. "rescale" is for
             Adam and its kin on unlike data: it rescales the second moments (Keras'
             "velocity") of each particle by the swarm's means of their rows and
-            columns, at the cost of these means, some hundredth of the weights.
+            columns, at the cost of these means, a few hundredths of the weights.
             Defaults to "local".
         payload_dtype: The type in which the weights travel: "float32", or "float16"
             or "bfloat16" for half the traffic. What travels is the way from the last
