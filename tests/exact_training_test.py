@@ -329,6 +329,40 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(result[2], evaluation, rtol=1e-6)
 
 
+_SHARED = (
+    "clipnorm",
+    "global_clipnorm",
+    "clipvalue_adam",
+    "accumulation",
+    "loss_scale_optimizer",
+    "regularisers",
+    "sum",
+)
+
+
+class SharedGradientsTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters(*_SHARED)
+    def test_all_replicas_are_as_plain_keras_on_all_rows(self, name):
+        """Clipping sees the whole gradient, as nowhere else under Keras' strategies."""
+        case = _CASES[name]
+        x = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
+        ends = []
+        shared = tf_psops.SwarmStrategy.in_process(2, share_gradients=True)
+        for strategy in None, shared:
+            keras.utils.set_random_seed(1)
+            with strategy.scope() if strategy else contextlib.nullcontext():
+                model = case.get("model", _classifier)()
+                loss = case.get("loss", _loss())()
+                model.compile(case.get("optimizer", _optimizer())(), loss)
+            y = x.argmax(-1) % 3
+            model.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
+            weights = model.trainable_variables
+            ends.append(np.concatenate([w.numpy().ravel() for w in weights]))
+        self.assertAllClose(*ends, rtol=1e-4, atol=1e-5)
+        first, second = swarms.weights(model)
+        self.assertAllEqual(first, second)
+
+
 def _fit_on_worker(names):
     """Trains with some cases on this worker of a cluster, or in plain Keras."""
     strategy = tf_psops.SwarmStrategy() if "TF_CONFIG" in os.environ else None

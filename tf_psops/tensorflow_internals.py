@@ -20,6 +20,7 @@ Private names used, and why no public one serves:
     batches to several local GPUs. See `_without_tuning`.
   * `values.SyncOnReadVariable` is the class of a variable that each replica has a copy
     of. See `SwarmVariable`.
+  * The `apply` of Keras' optimizers is public, but replaced. See `_reducing_first`.
 """
 
 import contextlib
@@ -244,7 +245,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
         """Reduces over the replicas of one particle: over one, no collective runs."""
-        if self.replicas_per_particle == 1:
+        if self.replicas_per_particle == 1 or _reduced.get():
             return value
         if len(self.worker_devices) > 1:
             value = super()._replica_ctx_all_reduce(reduce_op, value, options)
@@ -544,6 +545,48 @@ def known_to_all(error):
     """Returns an exception that all workers raise: nobody need be told of it."""
     error.is_known_to_all = True
     return error
+
+
+def _reducing_first(apply):
+    """Sums the gradients of replicas that share them before anything else sees them.
+
+    Keras sums them last, so that each replica clips, checks and accumulates its part.
+    """
+
+    @functools.wraps(apply)
+    def reduce_and_apply(self, grads, trainable_variables=None):
+        replica = tf.distribute.get_replica_context()
+        extended = replica and replica.strategy.extended
+        if (
+            not isinstance(extended, SwarmExtended)
+            or extended.replicas_per_particle == 1
+            or _reduced.get()
+        ):
+            return apply(self, grads, trainable_variables)
+        grads = list(grads)
+        there = [place for place, grad in enumerate(grads) if grad is not None]
+        sums = replica.all_reduce(
+            tf.distribute.ReduceOp.SUM, [grads[place] for place in there]
+        )
+        for place, grad in zip(there, sums):
+            grads[place] = grad
+        token = _reduced.set(True)
+        try:
+            return apply(self, grads, trainable_variables)
+        finally:
+            _reduced.reset(token)
+
+    return reduce_and_apply
+
+
+# Whether this replica's gradients are those of its whole particle already.
+_reduced = contextvars.ContextVar("reduced", default=False)
+# One may call another: the outermost is the first to see the gradients.
+for _optimizer in (
+    keras.optimizers.Optimizer,
+    keras.optimizers.LossScaleOptimizer,
+):
+    _optimizer.apply = _reducing_first(_optimizer.apply)
 
 
 def calling_list(callback):
