@@ -1,6 +1,5 @@
 """Tests of `tf_psops.sync.flattening`."""
 
-import keras
 import tensorflow as tf
 from absl.testing import parameterized
 
@@ -16,7 +15,7 @@ class PackingTest(tf.test.TestCase, parameterized.TestCase):
         strategy = tf_psops.SwarmStrategy.in_process(2)
         with strategy.scope():
             variables = [
-                keras.Variable(tf.fill(shape, float(number)), dtype="float32")
+                tf.Variable(tf.fill(shape, float(number)))
                 for number, shape in enumerate(shapes)
             ]
         packed = flattening.Flattening(strategy, variables, tf.as_dtype(dtype))
@@ -28,7 +27,7 @@ class PackingTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllEqual(packed.pack(1), vector)
         self.assertAllEqual(packed.pack(0), packed.tensor_ids())
         for number, variable in enumerate(variables):
-            _, changed = strategy.experimental_local_results(variable.value)
+            _, changed = strategy.experimental_local_results(variable)
             ids = tf.reshape(packed.tensor_ids() == number, [-1])
             self.assertAllEqual(tf.reshape(changed, [-1]), vector[ids])
 

@@ -133,7 +133,7 @@ class SecondMomentsTest(tf.test.TestCase, parameterized.TestCase):
         copies = strategy.experimental_local_results(slot.value)
         rows, columns = np.array([1.0, 2.0, 6.0]), np.array([1.0, 4.0])
         copies[0].assign(scale * np.outer(rows, columns))
-        moments = second_moments.SecondMoments(strategy, [slot], tf.float32)
+        moments = second_moments.SecondMoments(strategy, [slot.value], tf.float32)
         self.assertEqual((moments.size, moments.num_bytes), (5, 20))
         means = moments.pack(0)
         self.assertAllClose(

@@ -32,9 +32,9 @@ def swarm(particles=2, make=dense, optimizer=keras.optimizers.SGD, **kwargs):
         return compiled(make(), optimizer(0.1), **kwargs)
 
 
-def arrays(steps, particles=2):
+def arrays(steps, particles=2, seed=0):
     """Returns the rows of some steps of all particles, and their classes."""
-    random = np.random.default_rng(0)
+    random = np.random.default_rng(seed)
     x = random.normal(size=(steps * particles * ROWS, 4)).astype("float32")
     return x, x.argmax(-1) % 3
 

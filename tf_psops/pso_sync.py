@@ -38,7 +38,13 @@ class PSOSync(keras.callbacks.Callback):
     there; afterwards the particles go on from their own. `set_weights` and
     `load_weights` make all particles start from there, and must be called on all
     workers. Only the chief writes files, `predict` gives all rows on every worker, and
-    `evaluate` must be called on all workers.
+    `evaluate` must be called on all workers. What a callback sets a single variable to
+    holds for all of that until the next synchronisation, which averages it.
+
+    A model consists of the variables that were made in the strategy's scope and that
+    it, its layers, optimizers, metrics or other attributes hold. What was made outside
+    must not change in training. After an exception in `fit` the model still speaks for
+    the swarm, and the next training goes on from there, with this PSOSync or another.
 
     All workers must use it with the same arguments, and must train for the same
     number of steps. What differs is an error on all of them. They stop together: over
@@ -58,12 +64,13 @@ class PSOSync(keras.callbacks.Callback):
             least 1; with `steps_per_execution` above 1 a multiple of that.
         rule: How the particles move, a `tf_psops.Rule`. Defaults to
             `tf_psops.CentroidSwarm()`.
-        non_trainable: What happens to float state that training updates without
-            gradients, such as BatchNormalization's moving statistics, at a
-            synchronisation: "average" averages it over the swarm, "local" leaves it
-            to each particle until training closes, which averages it. Integer state,
-            such as random seeds, stays local. Defaults to "average".
-        optimizer_slots: What happens to the optimizer's slots, such as momentum:
+        non_trainable: What happens to float state that the training step assigns, such
+            as BatchNormalization's moving statistics, a teacher network, or weights
+            that another optimizer than the model's trains, at a synchronisation:
+            "average" averages it over the swarm, "local" leaves it to each particle
+            until training closes, which averages it. Integer state, such as random
+            seeds, and the states of stateful layers stay local. Defaults to "average".
+        optimizer_slots: What happens to all optimizers' slots, such as momentum:
             "local" leaves them to each particle, "average" averages them ("Local
             Adam"), at the cost of as much traffic again for each slot. "rescale" is for
             Adam and its kin on unlike data: it rescales the second moments (Keras'
@@ -253,7 +260,10 @@ class PSOSync(keras.callbacks.Callback):
         # A later `fit` of the same compiled model goes on with what was traced.
         loss_tracker = tensorflow_internals.means(self.model)[0]
         compiled = (self.model, self.model.optimizer, loss_tracker)
-        is_new = self._synchronized != compiled
+        speaker = swapped_weights.speaker(self.model)
+        is_new = self._synchronized != compiled or speaker is not self._synchronizer
+        if speaker and is_new:
+            speaker.come_to_rest()
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
         with self._meeting("the start of training"):
             self.model.distribute_strategy.check_same("the start of training", settings)
@@ -271,9 +281,9 @@ class PSOSync(keras.callbacks.Callback):
             )
             self._rehearsed = False
             self.model.make_train_function(force=True)
-            swapped_weights.speak_for_swarm(self.model, self._synchronizer)
+            swapped_weights.speak_for_swarm(self.model, self._synchronizer, PSOSync)
         with self._meeting("the start of training"):
-            self._synchronizer.begin()
+            self._synchronizer.begin(self._averages_callback())
             self._resume_state.begin(
                 self.model, self._synchronizer, self._steps_per_epoch(), self._resume
             )
@@ -311,6 +321,7 @@ class PSOSync(keras.callbacks.Callback):
         self._steps_in_epoch = batch + 1
         if self._steps > self._first_step and not self._rehearsed:
             self._rehearsed = True
+            self._synchronizer.find_state()
             with self._meeting("the first local step"):
                 self._synchronizer.rehearse(take_mean=self._takes_mean())
         under_way = self._synchronizer.is_under_way
@@ -345,6 +356,18 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
+
+    def _averages_callback(self):
+        """Returns what tells whether moving averages are shown, or `None`."""
+        callback_list = tensorflow_internals.calling_list(self)
+        swaps = [
+            callback
+            for callback in getattr(callback_list, "callbacks", ())
+            if isinstance(callback, keras.callbacks.SwapEMAWeights)
+        ]
+        if not swaps:
+            return None
+        return lambda: tensorflow_internals.shows_moving_averages(swaps)
 
     def _unless_all_diverged(self, *functions):
         """Calls functions, and stops all workers if a TerminateOnNaN would, on any.

@@ -128,6 +128,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         workers, index = found or ((None,), 0)
         min_workers = _check_min_workers(min_workers, len(workers))
         self._observers = weakref.WeakKeyDictionary()
+        self._written = weakref.WeakKeyDictionary()
         super().__init__(
             tensorflow_internals.SwarmExtended(
                 self, devices, cluster_resolver, len(workers), index, share_gradients
@@ -286,12 +287,41 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     def run(self, fn, args=(), kwargs=None, options=None):
         """Runs `fn` on every replica; see `tf.distribute.Strategy.run`."""
+        trained = None
         for model, observer in self._observers.items():
             # It may be of any sort of callable: a method, or a `tf.function`.
             if observer is not None and fn == model.train_step:
-                fn = observer(fn)
+                fn, trained = observer(fn), model
                 break
-        return super().run(fn, args=args, kwargs=kwargs, options=options)
+        result = super().run(fn, args=args, kwargs=kwargs, options=options)
+        if trained is not None:
+            self._note_written(trained)
+        return result
+
+    def _note_written(self, model):
+        if tf.executing_eagerly():
+            self._written[model] = None
+        elif self._written.setdefault(model, {}) is not None:
+            graph = tf.compat.v1.get_default_graph()
+            handles = tensorflow_internals.written_handles(graph)
+            self._written[model].update((id(handle), handle) for handle in handles)
+
+    def is_written(self, model, variable):
+        """Tells whether a model's training step writes a variable.
+
+        Args:
+            model: A `keras.Model` that was made in this strategy's scope.
+            variable: A `tf.Variable`, made in this scope or not.
+
+        Returns:
+            A bool; before a step is traced `False`, and `None` where it runs eagerly,
+            so that nobody knows.
+        """
+        written = self._written.get(model, {})
+        if written is None:
+            return None
+        copies = getattr(variable, "values", None) or [variable]
+        return any(id(copy.handle) in written for copy in copies)
 
     def reduce(self, reduce_op, value, axis):
         """Reduces a value over all replicas; see `tf.distribute.Strategy.reduce`.

@@ -18,16 +18,20 @@ Private names used, and why no public one serves:
     rows a model predicts, and draws a batch to build it.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
     batches to several local GPUs. See `_without_tuning`.
+  * `auto_control_deps_utils.get_read_write_resource_inputs` alone tells which variables
+    a traced function writes, through all functions that it calls.
   * `values.SyncOnReadVariable` is the class of a variable that each replica has a copy
     of. See `SwarmVariable`.
   * The `apply` of Keras' optimizers is public, but replaced. See `_reducing_first`.
 """
 
+import collections
 import contextlib
 import contextvars
 import functools
 import inspect
 import itertools
+import types
 import weakref
 
 import keras
@@ -43,6 +47,7 @@ from tensorflow.python.distribute import (
     input_util,
     values,
 )
+from tensorflow.python.framework import auto_control_deps_utils
 
 from tf_psops import local_batches
 from tf_psops.transport import membership
@@ -85,8 +90,30 @@ class SwarmVariable(values.SyncOnReadVariable):
     """A copy for each replica, with all that plain TensorFlow's variables can do.
 
     The base class refuses to write to single rows, as optimizers do with the sparse
-    gradients of an embedding, and to be a Python number.
+    gradients of an embedding, and to be a Python number. And word goes out of what is
+    set outside of the replicas, where a user's code, such as a callback, gives all
+    local copies one value.
+
+    Attributes:
+        watchers: Objects whose `note_set(variable)` is called after that; held weakly.
     """
+
+    def assign(self, *args, **kwargs):
+        return self._told(super().assign(*args, **kwargs))
+
+    def assign_add(self, *args, **kwargs):
+        return self._told(super().assign_add(*args, **kwargs))
+
+    def assign_sub(self, *args, **kwargs):
+        return self._told(super().assign_sub(*args, **kwargs))
+
+    def _told(self, result):
+        replica = tf.distribute.get_replica_context()
+        inside = replica is not None and replica.strategy is self.distribute_strategy
+        if not inside and tf.executing_eagerly():
+            for watcher in list(self.watchers):
+                watcher.note_set(self)
+        return result
 
     def scatter_add(self, *args, **kwargs):
         return self._scatter("scatter_add", *args, **kwargs)
@@ -127,7 +154,7 @@ class SwarmVariable(values.SyncOnReadVariable):
         def write(variable, value):
             return getattr(variable, method)(value, *args, **kwargs)
 
-        return self._update(write, value)
+        return self._told(self._update(write, value))
 
     def __float__(self):
         return float(self.numpy())
@@ -156,6 +183,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         self._share_gradients = share_gradients
         self._shared_out = weakref.WeakSet()  # Data sets that are shared out already.
         self._new_variables = []
+        self._made = []
+        self._plain = False
         # The base class asks its strategy for it.
         strategy._collective_key_base = next(_collective_key_bases)
         resolvers, options = tf.distribute.cluster_resolver, tf.distribute.experimental
@@ -194,6 +223,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         first local copy without a collective, so that what only the chief does
         (saving, say) cannot wait for a peer.
         """
+        if self._plain:
+            return next_creator(**kwargs)
         synchronization = kwargs.get("synchronization")
         if synchronization is not tf.VariableSynchronization.ON_READ:
             kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
@@ -201,13 +232,29 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         variable = super()._create_variable(next_creator, **kwargs)
         # No argument of the base class says which class to take.
         variable.__class__ = SwarmVariable
+        variable.watchers = weakref.WeakSet()
         self._new_variables.append(variable)
+        self._made.append(weakref.ref(variable))
         return variable
 
     def take_new_variables(self):
         """Returns the variables made since the last call."""
         made, self._new_variables = self._new_variables, []
         return made
+
+    def variables(self):
+        """Returns all variables that were made in the strategy's scope, in order."""
+        self._made = [made for made in self._made if made() is not None]
+        return [variable for made in self._made if (variable := made()) is not None]
+
+    @contextlib.contextmanager
+    def plain_variables(self):
+        """Lets variables be what they are outside of the scope, and no part of it."""
+        before, self._plain = self._plain, True
+        try:
+            yield
+        finally:
+            self._plain = before
 
     def _reduce_to(self, reduce_op, value, destinations, options):
         """Reduces over the local devices, and then over the workers."""
@@ -603,19 +650,95 @@ def calling_list(callback):
     return None
 
 
-def updated_state(model):
-    """Returns the float variables that training updates without gradients.
+# What a model holds that is not its own: other models that share a layer, all variables
+# of the scope, the arrays of a training that was cut short.
+_NOT_ITS_OWN = frozenset(
+    {
+        "_inbound_nodes",
+        "_outbound_nodes",
+        "_nodes",
+        "_nodes_by_depth",
+        "_eval_epoch_iterator",
+        "_swarm_synchronizer",
+    }
+)
+_HOLDS_NONE = (
+    str,
+    bytes,
+    int,
+    float,
+    type(None),
+    type,
+    np.ndarray,
+    np.generic,
+    tf.Tensor,
+    tf.Graph,
+    tf.data.Dataset,
+    tf.distribute.Strategy,
+    types.ModuleType,
+    types.FunctionType,
+    keras.KerasTensor,
+    keras.callbacks.Callback,
+)
 
-    Moving statistics, say. `model.non_trainable_variables` also names the weights
-    of frozen layers, which never change and need not travel; only the layers
-    themselves know the difference.
+
+def reached(model):
+    """Returns all objects that a model holds, through attributes and containers.
+
+    Keras' own lists do not name the optimizers, metrics and variables that are a
+    user's attributes.
+
+    Args:
+        model: A `keras.Model`.
+
+    Returns:
+        A list: among others `tf.Variable`s and Keras' objects, each once.
     """
+    found, waiting = {}, [model]
+    while waiting:
+        value = waiting.pop()
+        if id(value) in found or isinstance(value, _HOLDS_NONE):
+            continue
+        found[id(value)] = value
+        if isinstance(value, tf.Variable):
+            continue
+        if isinstance(value, dict):
+            waiting.extend(value.values())
+        elif isinstance(value, (list, tuple, set, frozenset, collections.deque)):
+            waiting.extend(value)
+        elif isinstance(value, types.MethodType):
+            waiting.append(value.__self__)
+        else:
+            attributes = getattr(value, "__dict__", {})
+            waiting.extend(
+                part for name, part in attributes.items() if name not in _NOT_ITS_OWN
+            )
+    return list(found.values())
+
+
+def written_handles(graph):
+    """Returns the handles, outside of all graphs, of what a traced graph writes."""
+    captured, level = {}, graph
+    while hasattr(level, "captures"):
+        captured.update((id(inside), outside) for outside, inside in level.captures)
+        level = level.outer_graph
+    handles = []
+    for operation in graph.get_operations():
+        _, writes = auto_control_deps_utils.get_read_write_resource_inputs(operation)
+        for handle in writes:
+            while id(handle) in captured:
+                handle = captured[id(handle)]
+            handles.append(handle)
+    return handles
+
+
+def optimizers_of(objects):
+    """Returns the optimizers among objects; not those that only wrap another one."""
     return [
-        variable
-        for layer in model._flatten_layers()
-        if layer.trainable
-        for variable in layer._non_trainable_variables
-        if tf.as_dtype(variable.dtype).is_floating
+        value
+        for value in objects
+        if isinstance(value, keras.optimizers.Optimizer)
+        and not isinstance(value, keras.optimizers.LossScaleOptimizer)
     ]
 
 
@@ -656,6 +779,30 @@ def noted_results(metrics):
     finally:
         for metric in metrics:
             object.__delattr__(metric, "result")
+
+
+def moving_averages(optimizer):
+    """Returns pairs of a weight and the moving average that an optimizer has of it."""
+    averages = getattr(optimizer, "_model_variables_moving_average", ())
+    return [
+        (weight, average)
+        for weight, average in zip(optimizer._trainable_variables, averages)
+        if average is not None
+    ]
+
+
+def shows_moving_averages(callbacks):
+    """Tells whether a SwapEMAWeights has put moving averages in the weights' place."""
+    return any(callback._ema_weights_in_model for callback in callbacks)
+
+
+def is_fitting(model):
+    """Tells whether a model's `fit` is under way in this thread."""
+    frame = inspect.currentframe()
+    while frame := frame.f_back:
+        if frame.f_code.co_name == "fit" and frame.f_locals.get("self") is model:
+            return True
+    return False
 
 
 def begin_at_epoch(model, epoch):

@@ -94,12 +94,12 @@ class Resume:
             if self._last is None:
                 self._backups.discard_after(-1)
                 return
-            loaded = self._together(self._load)
+            particle = synchronizer.local_particles[0]
+            header = self._together(lambda: self._backups.header(self._last, particle))
             self._backups.discard_after(self._last)
-            header, _ = loaded[0]
 
             def load():
-                return [values for _, values in loaded]
+                return self._together(self._load)
         else:
             return
         place, drawn = _fit_to(steps_per_epoch, header["place"], header["drawn"])
@@ -115,6 +115,9 @@ class Resume:
                 for particle in synchronizer.local_particles
                 if joins or particle >= header["num_particles"]
             ]
+            # Until the first step not all variables are there, or known.
+            synchronizer.find_state()
+            model.reset_metrics()
             synchronizer.restore(header["progress"], load(), newcomers)
             resume(place)
             model.stop_training = header["stopped"]

@@ -25,9 +25,13 @@ class SkippedBatches:
         self.skipping = False
         self._steps_per_execution = steps_per_execution
         self._iterator = None
+        self._batch = None
 
     def skip(self, drawn, steps_in_epoch, arrive):
         """Lets the next calls draw without training.
+
+        But for the last of the batches: a step makes all variables that training
+        makes. Whoever arrives gives them other values.
 
         Args:
             drawn: How many batches to draw from the next iterator.
@@ -49,12 +53,14 @@ class SkippedBatches:
         steps, self._in_front = self._in_front + self._steps_per_execution, 0
         for _ in range(min(steps, self._target - self.drawn)):
             try:
-                iterator.get_next()
+                batch = iterator.get_next()
             except (StopIteration, tf.errors.OutOfRangeError):
                 self._target = self.drawn
                 break
             self.drawn += 1
+            self._batch = batch
         if self.drawn < self._target:
             return {}
         self.skipping = False
+        self.train_function([self._batch])
         return self._arrive()

@@ -86,6 +86,23 @@ class Backups:
                 numbers.append(number)
         return sorted(numbers, reverse=True)
 
+    def header(self, number, particle):
+        """Returns what was given to `save` besides, and "num_particles", a dict.
+
+        Args:
+            number: One of `numbers`.
+            particle: The index of the particle.
+
+        Raises:
+            ValueError: If the file is damaged.
+        """
+        return _read_header(self._source(number, particle))
+
+    def _source(self, number, particle):
+        """Returns the path of a particle, or of the first one if that is not there."""
+        path = self._path(number, particle)
+        return path if path.exists() else self._path(number, 0)
+
     def load(self, number, particle, variables):
         """Returns a particle of a backup.
 
@@ -95,19 +112,16 @@ class Backups:
             variables: The variables that the particle is made of.
 
         Returns:
-            A dict, what was given to `save` besides and "num_particles", and an array
-            for each variable. Those of a particle that the backup does not hold are
-            the first one's.
+            An array for each variable. Those of a particle that the backup does not
+            hold are the first one's.
 
         Raises:
             ValueError: If the file is damaged, or of another model, optimizer or rule.
         """
-        path = self._path(number, particle)
-        path = path if path.exists() else self._path(number, 0)
-        header = _read_header(path)
-        _check_fit(path, header["variables"], variables)
+        path = self._source(number, particle)
+        _check_fit(path, _read_header(path)["variables"], variables)
         try:
-            return header, _read_arrays(path, variables)
+            return _read_arrays(path, variables)
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
 

@@ -6,30 +6,48 @@ the swarm agreed on at its last synchronisation.
 """
 
 import functools
+import inspect
 import os
 import pathlib
 import shutil
 
 import tensorflow as tf
+from absl import logging
 
-_ASKED = ("evaluate", "get_weights")
+from tf_psops import tensorflow_internals
+from tf_psops.backups import skipped_batches
+
+_ASKED = ("evaluate", "get_weights", "predict_on_batch", "test_on_batch")
 _SAVED = ("save", "save_weights", "export")
 _MET = ("evaluate", "get_metrics_result")
 _SET = ("set_weights", "load_weights")
+_TRAINED = ("fit", "train_on_batch")
 
 
-def speak_for_swarm(model, synchronizer):
+def speaker(model):
+    """Returns the `Synchronizer` that a model speaks by, or `None`."""
+    return vars(model).get("_swarm_synchronizer")
+
+
+def speak_for_swarm(model, synchronizer, sync_class):
     """Replaces the methods by which a model is evaluated, saved and set.
 
     They take the position that the swarm agreed on, whatever each particle's own is.
     Files are written by the chief alone, and whole: a path holds the old file or the
-    new one at any moment. Weights that are set become what the swarm agreed on.
+    new one at any moment. Weights that are set become what the swarm agreed on. A
+    training that comes after one that was cut short goes on from there.
 
     Args:
         model: A `keras.Model` under a `SwarmStrategy`.
         synchronizer: Its `Synchronizer`.
+        sync_class: The class `PSOSync`, without which a `fit` should not be.
     """
     strategy = model.distribute_strategy
+    object.__setattr__(model, "_swarm_synchronizer", synchronizer)
+    for name in _TRAINED:
+        method = getattr(type(model), name).__get__(model)
+        method = _from_agreed(method, model, synchronizer, sync_class)
+        object.__setattr__(model, name, method)
     for name in (*_ASKED, *_SAVED, *_SET, "predict", "get_metrics_result"):
         if not hasattr(type(model), name):
             continue  # A `keras.Trainer` that is no `keras.Model`.
@@ -52,6 +70,35 @@ def _as_agreed(method, synchronizer):
             return method(*args, **kwargs)
 
     return ask
+
+
+def _from_agreed(method, model, synchronizer, sync_class):
+    """Begins a training where the model says it is, if the last was cut short.
+
+    Nothing tells of the end of a `fit` that an exception leaves.
+    """
+
+    @functools.wraps(method)
+    def train(*args, **kwargs):
+        if not tensorflow_internals.is_fitting(model):
+            synchronizer.come_to_rest()
+            tensorflow_internals.begin_at_epoch(model, None)
+            skips = model.train_function
+            if isinstance(skips, skipped_batches.SkippedBatches):
+                model.train_function = skips.train_function
+            given = inspect.signature(method).bind_partial(*args, **kwargs).arguments
+            callbacks = getattr(given.get("callbacks"), "callbacks", None)
+            callbacks = callbacks or tf.nest.flatten(given.get("callbacks"))
+            if not any(isinstance(callback, sync_class) for callback in callbacks):
+                logging.warning(
+                    "%s of model %r has no PSOSync: its particles train apart, and "
+                    "none of them stands for the others.",
+                    method.__name__,
+                    model.name,
+                )
+        return method(*args, **kwargs)
+
+    return train
 
 
 def _when_all_are_there(method, synchronizer):

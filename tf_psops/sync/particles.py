@@ -1,8 +1,10 @@
 """The particles of one worker: what they are made of, and what they remember."""
 
+import zlib
+
+import numpy as np
 import tensorflow as tf
 
-from tf_psops import tensorflow_internals
 from tf_psops.sync import flattening
 from tf_psops.sync.second_moments import SecondMoments
 
@@ -12,19 +14,21 @@ class Particles:
 
     Args:
         strategy: A `SwarmStrategy`.
-        model: The compiled and built `keras.Model` that was made in its scope.
+        state: The `ModelState` of a model that was made in its scope.
         rule: A `CompiledRule`.
         first: The index of the first of them in the swarm.
-        average_non_trainable: Whether non-trainable state is averaged.
-        average_slots: Whether the optimizer's slots are averaged.
-        rescale_moments: Whether the second moments among them are rescaled instead.
+        average_non_trainable: Whether state that training moves is averaged.
+        average_slots: Whether the optimizers' slots are averaged.
+        average_averages: Whether their moving averages of weights are.
+        rescale_moments: Whether the second moments among the slots are rescaled.
 
     Attributes:
         dtype: The `tf.DType` of all vectors.
         indices: The range of their indices in the swarm.
         weights: The `Flattening` of the positions, [P].
         averaged: The `Flattening` of what is averaged beside them.
-        left_apart: The `Flattening` of state that is averaged only at the end.
+        left_apart: The `Flattening` of what is averaged only at the end.
+        moved: The `Flattening` of all that training moves but weights and slots.
         vector: For each of them the variable, [P], of the vector that travelled last.
         tensor_ids: For each of them the numbers, [P], of the tensors of the weights.
     """
@@ -32,42 +36,67 @@ class Particles:
     def __init__(
         self,
         strategy,
-        model,
+        state,
         rule,
         first,
         average_non_trainable,
         average_slots,
+        average_averages,
         rescale_moments,
     ):
         self._strategy = strategy
-        self._model = model
+        self._model_state = state
         self._rule = rule
         self._devices = strategy.extended.worker_devices
         self.indices = range(first, first + len(self._devices))
-        weights = model.trainable_variables
-        state = tensorflow_internals.updated_state(model)
-        slots = _slots(model.optimizer)
-        doubles = any(v.dtype == "float64" for v in [*weights, *state, *slots])
+        every = [*state.weights, *state.state, *state.slots]
+        doubles = any(variable.dtype == tf.float64 for variable in every)
         self.dtype = tf.float64 if doubles else tf.float32
 
         def pack(*variables):
             return flattening.Flattening(strategy, variables, self.dtype)
 
-        averaged, left_apart = (state, []) if average_non_trainable else ([], state)
-        self.weights = pack(*weights)
-        self.averaged = pack(*averaged, *(slots if average_slots else []))
+        averages = [average for _, average in state.averages]
+        agreed = state.moved if average_non_trainable else []
+        agreed_averages = averages if average_averages or average_slots else []
+        self.weights = pack(*state.weights)
+        self.averaged = pack(
+            *agreed, *agreed_averages, *(state.slots if average_slots else [])
+        )
         if rescale_moments:
             # Keras has no other mark of them than this name.
-            moments = [slot for slot in slots if slot.name.endswith("velocity")]
+            moments = [slot for slot in state.slots if "velocity:" in slot.name]
             self.averaged = flattening.Joined(
                 self.averaged, SecondMoments(strategy, moments, self.dtype)
             )
-        self.left_apart = pack(*left_apart)
-        self._state = pack(*averaged)
-        self._everything = pack(*weights, *state)
-        self._slots = [(self._copies(slot), _fresh(slot)) for slot in slots]
+        self.moved = pack(*state.moved, *averages)
+        moved = set(map(id, state.moved))
+        self._still = [v for v in state.state if id(v) not in moved]
+        self.left_apart = pack(
+            *([] if average_non_trainable else state.moved),
+            *([] if agreed_averages else averages),
+        )
+        self._state = pack(*agreed)
+        # Two of the same order: a weight and its moving average have the same shape.
+        self._averages = pack(*agreed_averages)
+        self._averaged_weights = pack(
+            *(weight for weight, _ in state.averages if agreed_averages)
+        )
+        self._all_averages = pack(*averages)
+        self._all_averaged_weights = pack(*(weight for weight, _ in state.averages))
+        self._everything = pack(*state.weights, *state.state)
+        self._slots = [
+            (self._copies(slot), fresh)
+            for slot, fresh in zip(state.slots, state.fresh, strict=True)
+        ]
         self.tensor_ids = self.each(lambda _: self.weights.tensor_ids())
+        self._start = {}
+        self._heeds_what_is_set = False
+        self._set = {}
+        self._set_while_shown = None
         self._make_memory()
+        for variable in (*state.weights, *state.state):
+            variable.watchers.add(self)
 
     def _make_memory(self):
         """Makes what particles remember: the rule's state, and what was agreed on."""
@@ -76,18 +105,21 @@ class Particles:
             self._rule.init(position),
             position,
             tf.zeros([self._state.size], self.dtype),
+            tf.zeros([self._averages.size], self.dtype),
         )
-        with self._strategy.scope():
-            memory = tf.nest.map_structure(
-                lambda value: tf.Variable(tf.zeros_like(value), trainable=False), memory
-            )
-        local = self._strategy.experimental_local_results
 
-        def own(replica):
-            return tf.nest.map_structure(lambda value: local(value)[replica], memory)
+        def make(replica):
+            del replica
+            with self._strategy.extended.plain_variables():
+                return tf.nest.map_structure(
+                    lambda value: tf.Variable(tf.zeros_like(value), trainable=False),
+                    memory,
+                )
 
-        self._memories = self.each(own)
-        self._rule_state, self.vector, self._agreed_state = zip(*self._memories)
+        self._memories = self.each(make)
+        self._rule_state, self.vector, self._agreed_state, self._agreed_averages = zip(
+            *self._memories
+        )
 
     def each(self, function):
         """Returns what a function of 0, 1, ... makes for each one, on its device."""
@@ -97,22 +129,128 @@ class Particles:
                 results.append(function(replica))
         return results
 
+    def digests(self):
+        """Returns for each of them a number for each state that training leaves alone.
+
+        They are equal where all of the values are.
+        """
+        still = list(map(self._copies, self._still))
+        return [
+            np.array([_digest(copies[replica]) for copies in still], float)
+            for replica in range(len(self._devices))
+        ]
+
+    def pack_still(self, chosen):
+        """Returns some of that state as one vector for each of them.
+
+        Args:
+            chosen: A bool for each number of `digests`.
+        """
+        return self.each(self._chosen(chosen).pack)
+
+    def unpack_still(self, chosen, vectors):
+        """Gives each of them such a vector."""
+        flat = self._chosen(chosen)
+        self.each(lambda replica: flat.unpack(replica, vectors[replica]))
+
+    def _chosen(self, chosen):
+        variables = [v for v, is_chosen in zip(self._still, chosen) if is_chosen]
+        return flattening.Flattening(self._strategy, variables, self.dtype)
+
     def _copies(self, variable):
-        return self._strategy.experimental_local_results(variable.value)
+        return self._strategy.experimental_local_results(variable)
 
     def variables(self):
         """Returns the variables that each particle is made of, lists."""
-        model = self._model
-        of_keras = model.variables + model.optimizer.variables + model.metrics_variables
-        copies = zip(*map(self._copies, of_keras), strict=True)
+        copies = zip(*map(self._copies, self._model_state.variables), strict=True)
         return [
             [*own, *tf.nest.flatten(memory)]
             for own, memory in zip(copies, self._memories, strict=True)
         ]
 
-    def moved(self):
+    def changed(self):
         """Returns a nest of all variables that a synchronisation may change."""
-        return self._memories, self._everything.variables, self.averaged.variables
+        changed = self.weights, self.moved, self.averaged
+        return self._memories, [flat.variables for flat in changed]
+
+    def note_start(self):
+        """Keeps what the particles have now, all the same, for those that come after.
+
+        Training will show which of it is state that it moves.
+        """
+        known = set(map(id, self._state.order))
+        self._start = {
+            id(variable): self._copies(variable)[0].read_value()
+            for variable in self._model_state.state
+            if id(variable) not in known
+        }
+
+    def take_over(self, previous):
+        """Goes on from what the particles of the same model remember.
+
+        Args:
+            previous: Other `Particles`, of fewer variables.
+        """
+        known = previous.agreed_values()
+        self._heeds_what_is_set = previous._heeds_what_is_set
+        self._set = previous._set
+
+        def agreed(variable):
+            value = known.get(id(variable))
+            return self._copies(variable)[0] if value is None else value
+
+        state = self._state.join([agreed(v) for v in self._state.order])
+        averages = self._averages.join([agreed(v) for v in self._averages.order])
+
+        def take(replica):
+            self.vector[replica].assign(previous.vector[replica])
+            self.remember(replica, previous.state(replica))
+            self._agreed_state[replica].assign(state)
+            self._agreed_averages[replica].assign(averages)
+
+        self.each(take)
+
+    def agreed_values(self):
+        """Returns by the `id` of a state variable what was agreed on, or begun with."""
+        values = dict(self._start)
+        for flat, agreed in (
+            (self._state, self._agreed_state),
+            (self._averages, self._agreed_averages),
+        ):
+            if flat.size:
+                parts = flat.cut(agreed[0].read_value())
+                values.update(zip(map(id, flat.order), parts))
+        return values
+
+    def note_set(self, variable):
+        """Keeps what user code has set a variable to, outside of the replicas.
+
+        It holds, against what was agreed on, until the next synchronisation.
+        """
+        if not self._heeds_what_is_set:
+            return
+        values = [copy.read_value() for copy in self._copies(variable)]
+        self._set[id(variable)] = variable, values
+        if self._set_while_shown is not None:
+            self._set_while_shown[id(variable)] = variable, values
+
+    def forget_set(self):
+        """Forgets what was set before now."""
+        self._set = {}
+
+    def heed_what_is_set(self, heeds):
+        """Says whether what is set from now on has to hold against what is agreed on.
+
+        Args:
+            heeds: A bool.
+        """
+        self._heeds_what_is_set = heeds
+        self._set, self._set_while_shown = {}, None
+
+    def _assign(self, noted):
+        for variable, values in noted.values():
+            for copy, value in zip(self._copies(variable), values, strict=True):
+                copy.assign(value)
 
     def restore(self, arrays, newcomers):
         """Gives the particles the values of others of the same model.
@@ -123,19 +261,19 @@ class Particles:
             newcomers: Indices of those that were not in the swarm. They start from the
                 position that stands for it, with fresh slots.
         """
+        self.forget_set()
         for replica, (variables, values) in enumerate(zip(self.variables(), arrays)):
             own = set()
             if self.indices[replica] in newcomers:
                 # Its random seeds, slots and metrics are its own, and fresh.
                 self.heal(replica)
-                own = {id(copies[replica]) for copies, _ in self._slots} | {
-                    id(self._copies(variable)[replica])
-                    for variable in self._model.non_trainable_variables
-                    if not tf.as_dtype(variable.dtype).is_floating
-                }
-                own |= {
-                    id(self._copies(variable)[replica])
-                    for variable in self._model.metrics_variables
+                fresh = [*self._model_state.seeds, *self._model_state.metrics]
+                own = {
+                    id(copies[replica])
+                    for copies in (
+                        *(copies for copies, _ in self._slots),
+                        *map(self._copies, fresh),
+                    )
                 }
             for variable, value in zip(variables, values):
                 if id(variable) not in own:
@@ -165,13 +303,24 @@ class Particles:
         """Takes what travelled for a particle's own, but its position."""
         self.vector[replica].assign(vector)
         self.averaged.unpack(replica, averaged)
+        self._note_agreed(replica)
+
+    def _note_agreed(self, replica):
         self._agreed_state[replica].assign(self._state.pack(replica))
+        self._agreed_averages[replica].assign(self._averages.pack(replica))
 
     def heal(self, replica):
         """Gives a particle fresh slots."""
         for variables, fresh in self._slots:
             variable = variables[replica]
             variable.assign(tf.cast(tf.fill(variable.shape, fresh), variable.dtype))
+
+    def restart_averages(self, replica):
+        """Begins a particle's moving averages anew, unless it got others'."""
+        if not self._averages.size:
+            weights = self._all_averaged_weights.pack(replica)
+            self._all_averages.unpack(replica, weights)
+        return True
 
     def start(self, replica):
         """Returns the position and state to start from as one vector."""
@@ -191,51 +340,85 @@ class Particles:
         position = self.weights.pack(replica)
         self.vector[replica].assign(position)
         self.remember(replica, self._rule.init(position))
-        self._agreed_state[replica].assign(self._state.pack(replica))
+        self._note_agreed(replica)
 
     def agreed_position(self, replica):
         """Returns the position, [P], that stands for the swarm."""
         vector = self.vector[replica].read_value()
         return self._rule.agreed(self.state(replica), vector)
 
+    def show_agreed(self, averages=False):
+        """Shows what was agreed on, or was set since.
+
+        Args:
+            averages: Whether moving averages and weights have changed places.
+
+        Returns:
+            What `take_back` needs.
+        """
+        own = self._pack_own(), averages
+        self._show_all()
+        if averages:
+            self._exchange()
+        self._assign(self._set)
+        self._set_while_shown = {}
+        return *own, self._pack_state()
+
+    def take_back(self, shown, averages=False):
+        """Gives the particles what they had, but for what was set meanwhile.
+
+        Args:
+            shown: What `show_agreed` returned.
+            averages: Whether moving averages and weights have changed places now.
+        """
+        own, averages_before, state = shown
+        self._take_back(own, state)
+        if averages != averages_before:
+            self._exchange()
+        self._assign(self._set_while_shown)
+        self._set_while_shown = None
+
     @tf.function(autograph=False)
-    def show_agreed(self):
-        """Shows what was agreed on, and returns what the particles had."""
+    def _pack_own(self):
+        flats = self.weights, self._state, self._averages
+        return self.each(lambda replica: [flat.pack(replica) for flat in flats])
 
-        def show(replica):
-            own = self.weights.pack(replica), self._state.pack(replica)
-            self._show(replica, self.agreed_position(replica))
-            return own
+    @tf.function(autograph=False)
+    def _pack_state(self):
+        return self.each(self._state.pack)
 
-        return self.each(show)
+    @tf.function(autograph=False)
+    def _show_all(self):
+        self.each(lambda replica: self._show(replica, self.agreed_position(replica)))
 
     def _show(self, replica, position):
         self.weights.unpack(replica, position)
-        self._state.unpack(replica, self._agreed_state[replica])
+        self._state.unpack(replica, self._agreed_state[replica].read_value())
+        self._averages.unpack(replica, self._agreed_averages[replica].read_value())
 
     @tf.function(autograph=False)
-    def take_back(self, own):
-        """Gives the particles what they had, which `show_agreed` returned."""
+    def _exchange(self):
+        """Lets weights and their moving averages change places, as Keras does."""
 
+        def exchange(replica):
+            weights = self._averaged_weights.pack(replica)
+            averages = self._averages.pack(replica)
+            with tf.control_dependencies([weights, averages]):
+                self._averaged_weights.unpack(replica, averages)
+                self._averages.unpack(replica, weights)
+
+        self.each(exchange)
+
+    @tf.function(autograph=False)
+    def _take_back(self, own, shown):
         def take(replica):
-            position, state = own[replica]
+            position, state, averages = own[replica]
             self.weights.unpack(replica, position)
-            self._state.unpack(replica, state)
+            self._state.unpack_unless_set(replica, state, shown[replica])
+            self._averages.unpack(replica, averages)
 
         self.each(take)
 
 
-def _fresh(slot):
-    """Returns the number that a slot holds before training, 0 after it has begun."""
-    values = slot.numpy().ravel()
-    return float(values[0]) if values.size and (values == values[0]).all() else 0.0
-
-
-def _slots(optimizer):
-    """Returns the optimizer's slots: its float variables but the learning rate."""
-    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
-    return [
-        variable
-        for variable in optimizer.variables
-        if tf.as_dtype(variable.dtype).is_floating and variable.name != "learning_rate"
-    ]
+def _digest(variable):
+    return zlib.crc32(variable.numpy().reshape(-1).view(np.uint8))

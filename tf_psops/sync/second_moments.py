@@ -18,7 +18,7 @@ class SecondMoments:
 
     Args:
         strategy: A `SwarmStrategy`.
-        slots: Float `keras.Variable`s that hold second moments; may be none.
+        slots: Float `tf.Variable`s that hold second moments; may be none.
         dtype: The `tf.DType` of the vector.
 
     Attributes:
@@ -39,7 +39,7 @@ class SecondMoments:
         self.size = sum(self._rows) + sum(self._columns)
         self.num_bytes = self.size * dtype.size
         local = strategy.experimental_local_results
-        self.variables = list(zip(*(local(slot.value) for slot in slots)))
+        self.variables = list(zip(*(local(slot) for slot in slots)))
 
     def pack(self, replica):
         """Returns the means of all rows and columns of the replica, [size]."""

@@ -184,6 +184,11 @@ class SyncGraph:
             if self._delayed:
                 position += ways[replica]
             particles.weights.unpack(replica, position)
+            tf.cond(
+                mine[replica],
+                lambda: False,
+                lambda: particles.restart_averages(replica),
+            )
             return finite
 
         return particles.each(move)
@@ -203,8 +208,10 @@ class SyncGraph:
         positions = particles.each(
             particles.weights.pack if take_mean else particles.agreed_position
         )
-        states = particles.each(particles.left_apart.pack)
-        if take_mean or particles.left_apart.size:
+        # Nothing was averaged since the last synchronisation where the mean is taken.
+        apart = particles.moved if take_mean else particles.left_apart
+        states = particles.each(apart.pack)
+        if take_mean or apart.size:
             finite = [
                 divergence.is_finite(position) & divergence.is_finite(state)
                 for position, state in zip(positions, states)
@@ -217,7 +224,7 @@ class SyncGraph:
 
         def take(replica):
             particles.weights.unpack(replica, positions[replica])
-            particles.left_apart.unpack(replica, states[replica])
+            apart.unpack(replica, states[replica])
             return divergence.is_finite(positions[replica])
 
         return particles.each(take)

@@ -6,7 +6,7 @@ import functools
 import numpy as np
 import tensorflow as tf
 
-from tf_psops.sync import async_work, divergence, loss_tracker
+from tf_psops.sync import async_work, divergence, loss_tracker, model_state
 from tf_psops.sync.compiled_rule import CompiledRule
 from tf_psops.sync.particles import Particles
 from tf_psops.sync.reduction import Reduction
@@ -26,7 +26,7 @@ class Synchronizer:
         model: The compiled and built `keras.Model` that was made in its scope.
         rule: A `Rule`.
         average_non_trainable: Whether non-trainable state is averaged.
-        average_slots: Whether the optimizer's slots are averaged.
+        average_slots: Whether the optimizers' slots are averaged.
         payload_dtype: The name of the float type in which the vector of a
             synchronisation travels, or `None` for that of the weights.
         delayed: Whether particles may take local steps between `start` and `finish`.
@@ -45,37 +45,75 @@ class Synchronizer:
         rescale_moments=False,
     ):
         self._strategy = strategy
+        self._model = model
         self._rule = CompiledRule(rule)
+        self._exchange = rule.exchange
         self._delayed = delayed
+        self._average_non_trainable = average_non_trainable
+        self._average_slots = average_slots
+        self._payload_dtype = payload_dtype
+        self._rescale_moments = rescale_moments
+        self._shows_averages = None
         self._collectives = strategy.collectives
         self._loss_tracker = loss_tracker.LossTracker(strategy, model)
+        self._build(model_state.find(strategy, model))
+        self._under_way = None
+        self._apart = False
+        self._is_state_known = False
+        self._sent = None
+        self.wish = 0
+        self.num_sick = 0
+        self.num_syncs = 0
+        self.bytes_moved = 0
+
+    def _build(self, found):
+        """Makes what the variables of the model decide on.
+
+        Args:
+            found: A `ModelState`.
+        """
+        self._found = found, self._shows_averages is not None
         self._particles = Particles(
-            strategy,
-            model,
+            self._strategy,
+            found,
             self._rule,
             self._collectives.first_particle,
-            average_non_trainable,
-            average_slots,
-            rescale_moments,
+            self._average_non_trainable,
+            self._average_slots,
+            average_averages=self._shows_averages is not None,
+            rescale_moments=self._rescale_moments,
         )
-        self._payload = tf.as_dtype(payload_dtype or self._particles.dtype)
+        self._payload = tf.as_dtype(self._payload_dtype or self._particles.dtype)
         self._reduction = Reduction(
-            self._collectives, self._particles, rule.exchange, self._payload
+            self._collectives, self._particles, self._exchange, self._payload
         )
         self._graph = SyncGraph(
             self._rule,
             self._collectives,
             self._particles,
             self._loss_tracker,
-            delayed,
+            self._delayed,
         )
-        self._under_way = None
-        self._apart = False
-        self._sent = None
-        self.wish = 0
-        self.num_sick = 0
-        self.num_syncs = 0
-        self.bytes_moved = 0
+
+    def find_state(self):
+        """Takes account of what training has shown to be state of the model.
+
+        Variables may be made in the first step, and which ones are moved without
+        gradients is only known from there on.
+
+        Raises:
+            ValueError: If training changes what was not made in the strategy's scope.
+        """
+        before, averages_before = self._found
+        found = model_state.find(self._strategy, self._model, before)
+        model_state.check_outside(self._strategy, self._model, found)
+        averages = self._shows_averages is not None
+        self._is_state_known = bool(self.local_steps())
+        if found.identity == before.identity and averages == averages_before:
+            return
+        previous = self._particles
+        self._build(found)
+        self._particles.take_over(previous)
 
     @property
     def num_particles(self):
@@ -134,13 +172,20 @@ class Synchronizer:
             self._loss_tracker.sums(replica).assign(values[-1])
         self._particles.restore([values[:-1] for values in arrays], newcomers)
 
-    def begin(self):
-        """Puts all particles on the first one's position, at rest."""
+    def begin(self, shows_averages=None):
+        """Puts all particles on the first one's position, at rest.
+
+        Args:
+            shows_averages: A function that tells whether a callback has put moving
+                averages of the weights in their place, or `None` without one.
+        """
         self.num_sick = 0
-        self.drop()
-        if self._apart:  # An earlier training was cut short.
-            self._particles.show_agreed()
+        self.come_to_rest()
+        self._shows_averages = shows_averages
+        self.find_state()
         self._graph.begin()
+        self._particles.note_start()
+        self._particles.heed_what_is_set(True)
         self._apart = True
         self._sent = None
         self.num_syncs = 0
@@ -157,7 +202,7 @@ class Synchronizer:
 
     def _rehearse(self, take_mean):
         variables = tf.nest.flatten(
-            [self._particles.moved(), self._loss_tracker.variables]
+            [self._particles.changed(), self._loss_tracker.variables]
         )
         values = [variable.read_value() for variable in variables]
         rows, positions, offers, states, own = self._graph.report(
@@ -184,7 +229,38 @@ class Synchronizer:
         """
         self.drop()
         self._particles.rest()
+        self._particles.forget_set()
         self._sent = None
+
+    def come_to_rest(self):
+        """Leaves the particles on what stands for the swarm if training was cut short.
+
+        No collective runs.
+        """
+        self.drop()
+        if self._apart:
+            self._show_agreed()
+            self._end_training()
+
+    def _average_what_differs(self):
+        """Averages state that the training step does not move, but something else did.
+
+        Callbacks do, which on each worker see the weights of its first particle.
+        """
+        digests = self._particles.digests()
+        if digests[0].size:
+            table = self._collectives.tell(digests)
+            present = ~np.isnan(table[:, 0])
+            differs = (table[present] != table[present][0]).any(axis=0)
+            if differs.any():
+                means = self._collectives.mean(
+                    self._particles.pack_still(differs), tf.constant(present)
+                )
+                self._particles.unpack_still(differs, means)
+
+    def _end_training(self):
+        self._apart = False
+        self._particles.heed_what_is_set(False)
 
     def close(self, take_mean):
         """Puts all particles on the position that stands for the swarm.
@@ -194,7 +270,8 @@ class Synchronizer:
                 weights that are moving averages, and not what the rule agreed on.
         """
         finite = self._graph.close(take_mean)
-        self._apart = False
+        self._average_what_differs()
+        self._end_training()
         self._check_finite(finite, "agreed")
         if take_mean:
             self.num_syncs += 1
@@ -211,13 +288,21 @@ class Synchronizer:
         if not self._apart:
             yield
             return
-        own = self._particles.show_agreed()
+        shown = self._show_agreed()
         self._apart = False
         try:
             yield
         finally:
-            self._particles.take_back(own)
+            self._particles.take_back(shown, self._has_averages())
             self._apart = True
+
+    def _show_agreed(self):
+        if not self._is_state_known and self.local_steps():
+            self.find_state()
+        return self._particles.show_agreed(self._has_averages())
+
+    def _has_averages(self):
+        return self._shows_averages is not None and self._shows_averages()
 
     def synchronize(self, wish=0):
         """Moves all particles once; see `start` and `finish`."""
@@ -319,6 +404,7 @@ class Synchronizer:
             tf.constant(self.num_syncs),
         )
         self._check_finite(finite, "move")
+        self._particles.forget_set()
         self.num_syncs += 1
         return np.where(unknown & np.isfinite(fitness), np.nan, fitness)
 
