@@ -344,23 +344,39 @@ class SharedGradientsTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(*_SHARED)
     def test_all_replicas_are_as_plain_keras_on_all_rows(self, name):
         """Clipping sees the whole gradient, as nowhere else under Keras' strategies."""
-        case = _CASES[name]
-        x = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
-        ends = []
+        (expected,) = _fit_all_rows(None, _CASES[name])
         shared = tf_psops.SwarmStrategy.in_process(2, share_gradients=True)
-        for strategy in None, shared:
-            keras.utils.set_random_seed(1)
-            with strategy.scope() if strategy else contextlib.nullcontext():
-                model = case.get("model", _classifier)()
-                loss = case.get("loss", _loss())()
-                model.compile(case.get("optimizer", _optimizer())(), loss)
-            y = x.argmax(-1) % 3
-            model.fit(x, y, batch_size=4, epochs=1, shuffle=False, verbose=0)
-            weights = model.trainable_variables
-            ends.append(np.concatenate([w.numpy().ravel() for w in weights]))
-        self.assertAllClose(*ends, rtol=1e-4, atol=1e-5)
-        first, second = swarms.weights(model)
-        self.assertAllEqual(first, second)
+        for weights in _fit_all_rows(shared, _CASES[name]):
+            self.assertAllClose(weights, expected, rtol=1e-4, atol=1e-5)
+
+    def test_two_workers(self):
+        names = "global_clipnorm", "accumulation", "loss_scale_optimizer"
+        results = clusters.run(_share_on_worker, 2, names, timeout=240)
+        for name, *workers in zip(names, *results):
+            (expected,) = _fit_all_rows(None, _CASES[name])
+            for weights in np.concatenate(workers):
+                self.assertAllClose(weights, expected, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def _fit_all_rows(strategy, case):
+    """Trains on rows that differ between replicas; returns the weights of each."""
+    x = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
+    data = tf.data.Dataset.from_tensor_slices((x, x.argmax(-1) % 3)).batch(4)
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = case.get("model", _classifier)()
+        model.compile(
+            case.get("optimizer", _optimizer())(), case.get("loss", _loss())()
+        )
+    model.fit(data, verbose=0)
+    if strategy:
+        return swarms.weights(model)
+    return [np.concatenate([v.numpy().ravel() for v in model.trainable_variables])]
+
+
+def _share_on_worker(names):
+    strategy = tf_psops.SwarmStrategy(share_gradients=True)
+    return [_fit_all_rows(strategy, _CASES[name]) for name in names]
 
 
 def _fit_on_worker(names):
