@@ -546,6 +546,28 @@ def _work(kinds, calls):
     return _do_all(tf_psops.SwarmStrategy(), kinds, calls)
 
 
+def _shares_of_two_devices():
+    """Returns each local device's rows at each step, and what Keras makes of rows."""
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], two
+    )
+    strategy = tf_psops.SwarmStrategy(["CPU:0", "CPU:1"])
+    shares = {}
+    for device_type in "CPU", "GPU":
+        # The way to GPUs leads to any device.
+        strategy.extended._local_device_type = device_type
+        data = strategy.experimental_distribute_dataset(_dataset(range(28)).batch(8))
+        shares[device_type] = [
+            [v.numpy().tolist() for v in strategy.experimental_local_results(rows)]
+            for (rows,) in data
+        ]
+    strategy.extended._local_device_type = "CPU"
+    x, y = _rows(28)
+    model = _model(strategy)
+    return shares, model.predict(x, 8, 0), model.evaluate(x, y, 8, 0)
+
+
 class ClusterTest(tf.test.TestCase, parameterized.TestCase):
     def _check(self, kinds, calls, timeout):
         expected = _do_all(None, kinds, calls)
@@ -557,6 +579,22 @@ class ClusterTest(tf.test.TestCase, parameterized.TestCase):
     def test_two_workers_are_as_plain_keras(self):
         kinds = ["list", "tf_data", "py_dataset_workers", "generator"]
         self._check(kinds, ["fit", "evaluate", "predict"], timeout=240)
+
+    def test_two_workers_of_two_devices(self):
+        x, y = _rows(28)
+        predicted, scores = _model().predict(x, 8, 0), _model().evaluate(x, y, 8, 0)
+        results = clusters.run(_shares_of_two_devices, 2, timeout=240)
+        for worker, result in enumerate(results):
+            first = 4 * worker
+            expected = [
+                [[start, start + 1], [start + 2, start + 3]]
+                for start in (first, first + 8, first + 16)
+            ]
+            last = 24 + 2 * worker
+            expected.append([[last], [last + 1]])
+            self.assertEqual(result[0], {"CPU": expected, "GPU": expected})
+            self.assertAllClose(result[1], predicted)
+            self.assertAllClose(result[2], scores)
 
     @pytest.mark.slow
     @pytest.mark.timeout(1200)

@@ -376,25 +376,12 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if num_workers * num_devices > 1:
             local_batches.check(dataset, num_workers * num_devices)
             dataset = _copied(dataset)
-        is_cpu = self._local_device_type == "CPU"
-        num_shares = num_workers if is_cpu else num_workers * num_devices
-        if num_shares > 1 or not is_cpu:
-            shared_out = input_util.get_distributed_dataset(
-                dataset,
-                self._input_workers_with_options(options),
-                self._container_strategy(),
-                num_replicas_in_sync=num_shares,
-                input_context=tf.distribute.InputContext(
-                    num_input_pipelines=num_workers,
-                    input_pipeline_id=0 if num_workers == 1 else self._id_in_cluster,
-                    num_replicas_in_sync=num_shares,
-                ),
-                options=options,
-            )
-            if not is_cpu:
-                return shared_out
-            (dataset,) = shared_out._cloned_datasets
+        if num_workers > 1:
+            shares = self._share(dataset, num_workers, self._id_in_cluster, num_workers)
+            (dataset,) = shares._cloned_datasets
             self._shared_out.add(dataset)
+        if self._local_device_type != "CPU":
+            return self._share(dataset, 1, 0, num_devices, options)
         if num_devices > 1:
             full_size = int(distribute.compute_batch_size(dataset))
             dataset = local_batches.split(
@@ -402,6 +389,17 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             )
             self._shared_out.add(dataset)
         return dataset
+
+    def _share(self, dataset, num_workers, index, num_shares, options=None):
+        """Splits batches into shares, of which a worker gets as many as any other."""
+        return input_util.get_distributed_dataset(
+            dataset,
+            self._input_workers_with_options(options),
+            self._container_strategy(),
+            num_replicas_in_sync=num_shares,
+            input_context=tf.distribute.InputContext(num_workers, index, num_shares),
+            options=options,
+        )
 
     def split(self, value):
         """Returns a value's rows, split over the local devices."""

@@ -26,11 +26,10 @@ def train_dataset(
     both `epochs` and `steps_per_epoch`, and a `steps_per_execution` that divides
     the latter; to resume at an epoch, `skip` its `steps_per_epoch` predecessors.
 
-    Elements are global batches, particle 0's rows first. `tf.distribute` splits
-    them so that replica `i` gets particle `i`'s rows if there is one worker, or one
-    replica per worker. With M > 1 workers of several replicas each, worker `w`
-    would get particles w, w + M, ...; for the order of the replicas also there,
-    pass the `input_context` of `Strategy.distribute_datasets_from_function`.
+    Elements are global batches, particle 0's rows first. A `SwarmStrategy` splits them
+    so that replica `i` gets particle `i`'s rows. So does `tf.distribute` if there is
+    one worker, or one replica per worker; else pass the `input_context` of
+    `Strategy.distribute_datasets_from_function`.
 
     Args:
         data: The data set.
