@@ -1,7 +1,10 @@
 """Tests of `tf_psops.transport.group`: workers are threads of one process."""
 
 import contextlib
+import os
+import pathlib
 import socket
+import tempfile
 import threading
 import time
 from concurrent import futures
@@ -10,6 +13,7 @@ from unittest import mock
 import numpy as np
 from absl.testing import absltest, parameterized
 
+from tf_psops import heartbeat
 from tf_psops.transport import group as group_lib
 from tf_psops.transport import membership, rendezvous
 
@@ -159,6 +163,24 @@ class MembershipTest(parameterized.TestCase):
                 )
         with self.assertRaises(membership.DroppedError):
             groups[lost].gather(np.array([lost]))
+
+    def test_one_that_waits_tells_the_launcher_so(self):
+        """The one that it waits for has stopped, and is silent."""
+        groups = Cluster(2).start_all()
+        folder = self.enter_context(tempfile.TemporaryDirectory())
+        path = os.path.join(folder, "beat")
+        pathlib.Path(path).touch()
+        os.utime(path, (0, 0))
+        with (
+            mock.patch.dict(os.environ, {"TF_PSOPS_HEARTBEAT": path}),
+            mock.patch.object(heartbeat, "_next_time", 0.0),
+            futures.ThreadPoolExecutor(1) as pool,
+        ):
+            waits = pool.submit(groups[0].gather, np.zeros(1))
+            time.sleep(2.5)
+            self.assertGreater(os.stat(path).st_mtime, 0)
+            groups[1].gather(np.zeros(1))
+            waits.result(_SECONDS)
 
     def test_two_lost_at_once(self):
         groups = Cluster(5, min_workers=3).start_all()

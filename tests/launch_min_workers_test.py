@@ -94,17 +94,21 @@ class LaunchMinWorkersTest(launching.LaunchTestCase):
         self.assertEqual(*mine)
 
     def test_the_first_that_stops_is_to_blame(self):
-        """The others are silent for as long, because they wait for it."""
-        wait = _START + _beat_until("stopped") + launching.AWAIT_READY
+        """The others are silent soon after, because they wait for it."""
+        later = "\nfor _ in range(20): beat(); time.sleep(0.1)\n"
+        wait = _START + _beat_until("stopped") + later + launching.AWAIT_READY
         stop = """
 open(os.environ['PIDS'] + '/stopped', 'w').close()
 os.kill(os.getpid(), signal.SIGSTOP)
 """
         code, lines, own = self.launch(
             wait,
-            _worker(stop, "time.sleep(1)\n" + launching.READY),
+            _worker(
+                _await_starts(0, 1) + _await_starts(2, 1) + stop,
+                "time.sleep(1)\n" + launching.READY,
+            ),
             wait,
-            stall_timeout=2.5,
+            stall_timeout=4,
         )
         self.assertEqual(code, 0, lines)
         self.assertEqual(own[1:3], ["restart 1 of 9: worker 1", own[-2]])

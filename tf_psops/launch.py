@@ -13,8 +13,9 @@ lost, the others are ended, because a swarm cannot synchronise without it.
 
 A worker is lost if it fails, or is ended by a signal; with `--stall_timeout` also if it
 makes no progress for so many seconds. Progress is output, or a call of
-`tf_psops.heartbeat.beat`. A worker that waits for a lost one makes none either, so the
-time has to be longer than any silence of a healthy run: its start, an evaluation.
+`tf_psops.heartbeat.beat`, which `PSOSync` calls, also while a worker waits for others:
+that is bounded by `SwarmStrategy(timeout=...)`. The time has to be longer than any
+silence of a healthy run, such as its start.
 
 With `--max_restarts`, all workers are then started again, on new ports, so that a
 command that keeps backups goes on from the last one:
@@ -39,8 +40,8 @@ in a row, as one does when no restart is left: the others go on without it. When
 are left than `--min_workers`, the run has failed. A worker that has exited with 0 has
 finished. Of workers that make no progress, the one that stopped first is lost; the
 others may have waited for it, and get the same time again. The time has to be longer
-than a worker needs from its start through its first step, with a whole interval between
-two synchronisations, for which it waits to join.
+than a worker needs from its start to its first step, with a whole interval between two
+synchronisations, for which it waits to join.
 
 A command that cannot be started is not tried again, and a signal to the launcher ends
 the run. At the end the launcher tells how often it restarted, and why.

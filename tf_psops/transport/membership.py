@@ -25,12 +25,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tf_psops import heartbeat
 from tf_psops.transport.link import Frame, Kind
 
 _READ, _WRITE = selectors.EVENT_READ, selectors.EVENT_WRITE
 _STATUS = struct.Struct("!QQ?")
 _LENGTH = struct.Struct("!Q")
 _NOTHING = memoryview(b"")
+_BEAT_SECONDS = 1
 
 
 class LostError(Exception):
@@ -388,7 +390,10 @@ class Membership:
                 for link in links:
                     _watch(selector, link, watched)
                 left = self._deadline - time.monotonic()
-                ready = selector.select(min(left, 3600)) if left > 0 else []
+                ready = selector.select(min(left, _BEAT_SECONDS)) if left > 0 else []
+                if not ready and self.others:
+                    # It waits, which `timeout` bounds: another one is to blame.
+                    heartbeat.beat()
                 if not ready and left <= 0:
                     return False
                 for key, events in ready:
