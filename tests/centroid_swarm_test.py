@@ -44,7 +44,8 @@ def _inertia(x, v, particles, largest=0.5):
         cohesion = len(particles) * way @ way / np.sum((particles - m) ** 2)
         alignment = way @ v / np.sqrt((way @ way) * (v @ v))
         reach = 0.5 * np.sqrt((way @ way) / (v @ v))
-    turn = np.clip(np.nan_to_num(alignment) / 0.6, 0, 1)
+    alignment = np.nan_to_num(alignment)
+    turn = max(0, min(alignment / 0.6, (0.8 - alignment) / 0.2))
     w = np.minimum(largest * turn / (1 + (cohesion / 1.3) ** 2), reach)
     return np.round(1024 * w) / 1024
 
@@ -98,48 +99,46 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
     def test_falls_as_the_swarm_flies_together(self):
         spread = np.array([[0.0, 1, 0], [0, -1, 0]])
         ws = [
-            self._moves_by([[d, 0, 0], [d, 0, 0]] + spread, [0.001, 0, 0])
+            self._moves_by([[d, 0, 0], [d, 0, 0]] + spread, [0.0006, 0, 0.0008])
             for d in (0.01, 0.5, 1, 2, 10)
         ]
         self.assertAllClose(ws[0], 0.5)
         self.assertAllClose(ws, sorted(ws, reverse=True))
         self.assertLess(ws[-1], 0.001)
 
-    def test_falls_as_the_swarm_turns(self):
+    def test_falls_as_the_swarm_turns_or_flies_straight_on(self):
         particles = np.array([[0.1, 1, 0], [0.1, -1, 0]])
+        cosines = np.array([0.6, 0.3, 0, -0.5, -1, 0.7, 0.8, 1])
         ws = [
-            self._moves_by(
-                particles, 0.01 * np.array([np.cos(angle), 0, np.sin(angle)])
-            )
-            for angle in np.pi * np.array([0, 0.25, 0.4, 0.5, 0.75, 1])
+            self._moves_by(particles, [0.01 * cosine, 0, 0.01 * np.sqrt(1 - cosine**2)])
+            for cosine in cosines
         ]
-        self.assertAllClose(ws[0], ws[1])  # Well aligned: no more is asked for.
-        self.assertAllClose(ws[2], ws[0] * np.cos(0.4 * np.pi) / 0.6, atol=1e-3)
-        self.assertAllClose(ws[3:], [0.0] * 3, atol=1e-9)
+        expected = ws[0] * np.array([1, 0.5, 0, 0, 0, 0.5, 0, 0])
+        self.assertAllClose(ws, expected, rtol=0, atol=1e-3)
 
     def test_two_particles_by_hand(self):
         # m = (1, 0, 0): R = 2 * 1 / (1 + 1) = 1.
-        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [0.5, 0, 0])
+        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [0.3, 0, 0.4])
         self.assertAllClose(w, 0.5 / (1 + 1 / 1.3**2), atol=1e-3)
 
     def test_goes_on_by_half_of_the_way_at_most(self):
-        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [4, 0, 0])
+        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [2.4, 0, 3.2])
         self.assertAllClose(w, 0.5 / 4)
 
     @parameterized.parameters(_INF, _NAN)
     def test_counts_the_particles_in_order(self, out_of_order):
         healthy = [[1, 1, 0], [1, -1, 1], [2, 0, 0]]
-        expected = self._moves_by(healthy, [1, 0, 0])
+        expected = self._moves_by(healthy, [0.3, 0.4, 0])
         self.assertGreater(expected, 0)
-        w = self._moves_by([*healthy, [out_of_order] * 3], [1, 0, 0])
+        w = self._moves_by([*healthy, [out_of_order] * 3], [0.3, 0.4, 0])
         self.assertAllClose(w, expected, rtol=1e-12)
 
     def test_averages_where_it_cannot_tell(self):
-        alone = self._moves_by([[1, 1, 0]], [1, 0, 0])
-        in_one_place = self._moves_by([[1, 1, 0]] * 3, [1, 0, 0])
+        alone = self._moves_by([[1, 1, 0]], [0.6, 0, 0.8])
+        in_one_place = self._moves_by([[1, 1, 0]] * 3, [0.6, 0, 0.8])
         at_rest = self._moves_by([[0, 0, 0]] * 3, [1, 0, 0])
         # Rounding made the mean lie further off than the particles' own distances.
-        rounded = self._moves_by([[1, 0, 0], [1, 0, 1e-9]], [1, 0, 0], [0.99, 0.99])
+        rounded = self._moves_by([[1, 0, 0], [1, 0, 1e-9]], [0.6, 0, 0.8], [0.99, 0.99])
         self.assertAllEqual([alone, in_one_place, at_rest, rounded], [0] * 4)
 
     def test_adds_long_vectors_up(self):
@@ -156,7 +155,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
 
     def test_no_inertia_is_parameter_averaging(self):
         rule = tf_psops.CentroidSwarm(inertia=0)
-        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [0.5, 0, 0], rule=rule)
+        w = self._moves_by([[1, 1, 0], [1, -1, 0]], [0.3, 0, 0.4], rule=rule)
         self.assertEqual(w, 0)
 
     @parameterized.parameters(-0.1, 1.0, [(0.3, 0.5)], "x", None, True, _NAN)

@@ -15,7 +15,7 @@ loss of one batch can show. What the particles have told each other shows it, fo
 
     w = min( inertia * a / (1 + (R/1.3)**2), |D| / (2*|v|) )
     R = W*|D|**2 / sum_i |x_i - m|**2
-    a = cos(D, v) / 0.6, at least 0 and at most 1
+    a = min(cos(D, v) / 0.6, (0.8 - cos(D, v)) / 0.2), at least 0
 
   * R is the swarm's diversity, turned round: how far its W particles have gone
     together against how far they have gone apart. Of a particle's way, what all have in
@@ -30,6 +30,8 @@ loss of one batch can show. What the particles have told each other shows it, fo
   * Particles also spread because they are not stable, at a learning rate that is too
     high. Then D turns back what noise the last one brought, and the cosine falls: of
     pure noise it is negative. After a move that was too far it falls as well.
+  * Where the cosine is near 1, all is still progress. With unlike shards only it shows
+    that: there the particles spread, and R is small, from the first step.
   * The last term is a velocity clamp. Where a learning rate decays, or few
     synchronisations are left, v is from times of longer ways.
 
@@ -48,6 +50,7 @@ from tf_psops.rules.rule import News, Rule
 
 _TOGETHER = 1.3
 _ALIGNED = 0.6
+_STRAIGHT = 0.8
 _REACH = 0.5
 
 # As fine as it matters, and so coarse that it is the same on all workers, in whatever
@@ -127,8 +130,11 @@ class CentroidSwarm(Rule):
         together = tf.reduce_sum(tf.cast(in_order, tf.float64)) * way
         apart = tf.reduce_sum(distances**2) - together
         ratio = tf.where(apart > 0, together / apart, float("inf"))
-        aligned = tf.math.divide_no_nan(along, tf.sqrt(way * speed)) / _ALIGNED
-        inertia = self.inertia * tf.clip_by_value(aligned, 0, 1)
+        cosine = tf.math.divide_no_nan(along, tf.sqrt(way * speed))
+        aligned = tf.minimum(
+            cosine / _ALIGNED, (_STRAIGHT - cosine) / (_STRAIGHT - _ALIGNED)
+        )
+        inertia = self.inertia * tf.maximum(aligned, 0)
         inertia /= 1 + (ratio / _TOGETHER) ** 2
         reach = _REACH * tf.sqrt(tf.math.divide_no_nan(way, speed))
         inertia = tf.round(tf.minimum(inertia, reach) * _STEPS_OF_INERTIA)
