@@ -566,7 +566,8 @@ def join_failures():
     @functools.wraps(fit)
     def fit_or_tell(self, *args, **kwargs):
         strategy = self.distribute_strategy
-        group = getattr(strategy, "group", None)
+        is_swarm = isinstance(strategy.extended, SwarmExtended)
+        group = strategy.group if is_swarm else None
         if group is None:
             return fit(self, *args, **kwargs)
         strategy.num_fits += 1
