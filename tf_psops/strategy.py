@@ -63,6 +63,11 @@ class SwarmStrategy(tf.distribute.Strategy):
         tls: A `tf_psops.TLS` to encrypt what travels between the workers. Defaults to
             the certificates that the environment names in `TF_PSOPS_TLS_CERTIFICATE`,
             `TF_PSOPS_TLS_KEY` and `TF_PSOPS_TLS_AUTHORITY`, or no encryption.
+        particle: What a particle is: "device", each device by itself, or "worker", all
+            devices of a worker together, an island: at every step TensorFlow averages
+            their gradients (by NCCL on GPUs), they hold equal weights, and one vector
+            for each worker takes part in synchronisations. For several GPUs in each
+            machine and a slow network between the machines. Defaults to "device".
 
     Raises:
         ValueError: If `TF_CONFIG` or an argument is not usable, or the workers have
@@ -92,8 +97,14 @@ class SwarmStrategy(tf.distribute.Strategy):
         timeout=1800.0,
         min_workers=None,
         tls=None,
+        particle="device",
     ):
         _check_devices(devices)
+        _checks.check(
+            isinstance(particle, str) and particle in ("device", "worker"),
+            "'device' or 'worker'",
+            particle=particle,
+        )
         for name, value in ("startup_timeout", startup_timeout), ("timeout", timeout):
             good = _checks.is_real(value) and value > 0
             _checks.check(good, "a number of seconds above 0", **{name: value})
@@ -150,12 +161,17 @@ class SwarmStrategy(tf.distribute.Strategy):
                 identity={
                     "versions of tf_psops": __version__,
                     "local devices": len(self.extended.worker_devices),
+                    "particles": particle,
                 },
                 secret=handshake.read_secret(),
                 tls=tls or tls_lib.read_tls(),
             )
             tensorflow_internals.join_failures()
-        self.collectives = Collectives(self.extended.worker_devices, self.group)
+        num_devices = len(self.extended.worker_devices)
+        self.local_replicas_per_particle = num_devices if particle == "worker" else 1
+        self.collectives = Collectives(
+            self.extended.worker_devices, self.group, self.local_replicas_per_particle
+        )
 
     @classmethod
     def in_process(cls, num_particles, **kwargs):

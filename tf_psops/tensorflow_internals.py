@@ -288,7 +288,9 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     @property
     def replicas_per_particle(self):
         """Returns how many replicas share gradients, and so train as one particle."""
-        return self._num_replicas_in_sync if self._share_gradients else 1
+        if self._share_gradients:
+            return self._num_replicas_in_sync
+        return self._container_strategy().local_replicas_per_particle
 
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
         """Reduces over the replicas of one particle: over one, no collective runs."""

@@ -108,13 +108,15 @@ class LossTracker:
         """Returns `steps` as an int, outside of a `tf.function`."""
         return int(self._local[replica].numpy()[0])
 
-    def mean_loss(self, replica):
-        """Returns a local replica's mean loss since `close`; NaN if it is unknown."""
-        return self._local[replica][3] / self._local[replica][4]
+    @staticmethod
+    def mean_loss(sums):
+        """Returns the mean loss since `close` of `sums`; NaN without a step."""
+        return sums[3] / sums[4]
 
-    def knows_loss(self, replica):
-        """Returns whether a local replica's loss since `close` is known, a scalar."""
-        return self._local[replica][4] != 0
+    @staticmethod
+    def knows_loss(sums):
+        """Tells whether there was a loss since `close` in `sums`."""
+        return sums[4] != 0
 
     def learning_rate(self, replica):
         """Returns a local replica's mean rate since `close`; 0 without a step."""

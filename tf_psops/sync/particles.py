@@ -10,7 +10,7 @@ from tf_psops.sync.second_moments import SecondMoments
 
 
 class Particles:
-    """Holds the variables of the local particles, one particle for each device.
+    """Holds the variables of the local particles, of one device or of all of them.
 
     Args:
         strategy: A `SwarmStrategy`.
@@ -48,7 +48,8 @@ class Particles:
         self._model_state = state
         self._rule = rule
         self._devices = strategy.extended.worker_devices
-        self.indices = range(first, first + len(self._devices))
+        self._replicas = strategy.local_replicas_per_particle
+        self.indices = range(first, first + len(self._devices) // self._replicas)
         every = [*state.weights, *state.state, *state.slots]
         doubles = any(variable.dtype == tf.float64 for variable in every)
         self.dtype = tf.float64 if doubles else tf.float32
@@ -121,8 +122,26 @@ class Particles:
             *self._memories
         )
 
+    def place(self, replica):
+        """Returns the place among the local particles of the one of a replica."""
+        return replica // self._replicas
+
+    def replicas(self, place):
+        """Returns the range of the replicas that a local particle is made of."""
+        return range(place * self._replicas, (place + 1) * self._replicas)
+
+    def share(self, vectors):
+        """Returns for each replica the mean of a vector over those of its particle."""
+        if self._replicas == 1:
+            return vectors
+        means = []
+        for place in range(len(self.indices)):
+            own = [vectors[replica] for replica in self.replicas(place)]
+            means += [tf.add_n(own) / len(own)] * len(own)
+        return means
+
     def each(self, function):
-        """Returns what a function of 0, 1, ... makes for each one, on its device."""
+        """Returns what a function of each replica, 0, 1, ..., makes on its device."""
         results = []
         for replica, device in enumerate(self._devices):
             with tf.device(device):
@@ -162,10 +181,17 @@ class Particles:
 
     def variables(self):
         """Returns the variables that each particle is made of, lists."""
-        copies = zip(*map(self._copies, self._model_state.variables), strict=True)
+        copies = list(zip(*map(self._copies, self._model_state.variables), strict=True))
         return [
-            [*own, *tf.nest.flatten(memory)]
-            for own, memory in zip(copies, self._memories, strict=True)
+            [
+                variable
+                for replica in self.replicas(place)
+                for variable in (
+                    *copies[replica],
+                    *tf.nest.flatten(self._memories[replica]),
+                )
+            ]
+            for place in range(len(self.indices))
         ]
 
     def changed(self):
@@ -262,24 +288,24 @@ class Particles:
                 position that stands for it, with fresh slots.
         """
         self.forget_set()
-        for replica, (variables, values) in enumerate(zip(self.variables(), arrays)):
+        for place, (variables, values) in enumerate(zip(self.variables(), arrays)):
             own = set()
-            if self.indices[replica] in newcomers:
+            if self.indices[place] in newcomers:
                 # Its random seeds, slots and metrics are its own, and fresh.
-                self.heal(replica)
-                fresh = [*self._model_state.seeds, *self._model_state.metrics]
+                fresh = [copies for copies, _ in self._slots]
+                fresh += map(self._copies, self._model_state.seeds)
+                fresh += map(self._copies, self._model_state.metrics)
                 own = {
                     id(copies[replica])
-                    for copies in (
-                        *(copies for copies, _ in self._slots),
-                        *map(self._copies, fresh),
-                    )
+                    for copies in fresh
+                    for replica in self.replicas(place)
                 }
             for variable, value in zip(variables, values):
                 if id(variable) not in own:
                     variable.assign(value)
         for newcomer in newcomers:
-            self._join(newcomer - self.indices[0])
+            for replica in self.replicas(newcomer - self.indices[0]):
+                self._join(replica)
 
     def _join(self, replica):
         with tf.device(self._devices[replica]):

@@ -60,7 +60,7 @@ class Reduction:
         def way_of_root(replica):
             # Only the root's is sent: the others need the memory for it, no more.
             return tf.cond(
-                root == self._particles.indices[replica],
+                root == self._particles.indices[self._particles.place(replica)],
                 lambda: way(replica),
                 lambda: tf.raw_ops.Empty(shape=last[0].shape, dtype=self._payload),
             )

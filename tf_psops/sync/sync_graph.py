@@ -53,10 +53,14 @@ class SyncGraph:
             wish: Scalar float64.
         """
         particles = self._particles
+        sums = particles.share(
+            particles.each(lambda r: self._loss_tracker.sums(r).read_value())
+        )
 
         def report(replica):
             position = particles.weights.pack(replica)
-            loss = tf.cast(self._loss_tracker.mean_loss(replica), position.dtype)
+            loss = self._loss_tracker.mean_loss(sums[replica])
+            loss = tf.cast(loss, position.dtype)
             agreed = particles.agreed_position(replica)
             # Not finite either where an element of one of the two is not.
             distance = divergence.distance(position, agreed)
@@ -68,7 +72,7 @@ class SyncGraph:
             )
             fitness = tf.where(sound & tf.math.is_finite(loss), loss, float("inf"))
             # A loss that is unknown says nothing of a particle's health.
-            unknown = sound & ~self._loss_tracker.knows_loss(replica)
+            unknown = sound & ~self._loss_tracker.knows_loss(sums[replica])
             state, offer = self._rule.offer(particles.state(replica), position, fitness)
             row = (
                 tf.where(unknown, float("nan"), fitness),
@@ -83,7 +87,8 @@ class SyncGraph:
                 self._loss_tracker.close(replica)
             return row, position, offer.vector, state, particles.averaged.pack(replica)
 
-        return tuple(zip(*particles.each(report)))
+        *reports, own = zip(*particles.each(report))
+        return *reports, particles.share(own)
 
     @tf.function(autograph=False)
     def settle(
@@ -115,7 +120,10 @@ class SyncGraph:
             Whether the rule gave a finite position, for each local particle.
         """
         particles, first = self._particles, self._particles.indices.start
-        mine = tf.math.is_finite(fitness)[first:]
+        mine = [
+            tf.math.is_finite(fitness)[place]
+            for place in particles.each(lambda r: first + particles.place(r))
+        ]
 
         def recall(replica):
             # What a sick particle remembers is from before it was sick.
@@ -152,7 +160,7 @@ class SyncGraph:
             news = rule_lib.News(
                 vector=vectors[replica],
                 fitness=tf.cast(fitness, particles.dtype),
-                particle=first + replica,
+                particle=first + particles.place(replica),
                 sync=sync,
                 learning_rate=tf.cast(learning_rate, particles.dtype),
                 distances=tf.cast(distances, particles.dtype),
@@ -210,7 +218,7 @@ class SyncGraph:
         )
         # Nothing was averaged since the last synchronisation where the mean is taken.
         apart = particles.moved if take_mean else particles.left_apart
-        states = particles.each(apart.pack)
+        states = particles.share(particles.each(apart.pack))
         if take_mean or apart.size:
             finite = [
                 divergence.is_finite(position) & divergence.is_finite(state)

@@ -146,8 +146,8 @@ class Synchronizer:
     def particles(self):
         """Returns the variables that each local particle is made of, lists."""
         return [
-            [*variables, self._loss_tracker.sums(replica)]
-            for replica, variables in enumerate(self._particles.variables())
+            [*variables, *map(self._loss_tracker.sums, self._particles.replicas(place))]
+            for place, variables in enumerate(self._particles.variables())
         ]
 
     def progress(self):
@@ -168,9 +168,12 @@ class Synchronizer:
             setattr(self, name, progress[name])
         if newcomers:
             self._sent = None
-        for replica, values in enumerate(arrays):
-            self._loss_tracker.sums(replica).assign(values[-1])
-        self._particles.restore([values[:-1] for values in arrays], newcomers)
+        count = len(self._particles.replicas(0))
+        for place, values in enumerate(arrays):
+            sums = map(self._loss_tracker.sums, self._particles.replicas(place))
+            for variable, value in zip(sums, values[-count:], strict=True):
+                variable.assign(value)
+        self._particles.restore([values[:-count] for values in arrays], newcomers)
 
     def begin(self, shows_averages=None):
         """Puts all particles on the first one's position, at rest.
@@ -469,7 +472,9 @@ class Synchronizer:
 
     def _check_finite(self, finite, function):
         """Raises an error if what the rule made of finite positions is not finite."""
-        sick = self._particles.indices.start + np.flatnonzero(~np.array(finite))
+        indices = self._particles.indices
+        finite = np.reshape(finite, [len(indices), -1]).all(axis=1)
+        sick = indices.start + np.flatnonzero(~finite)
         if sick.size:
             error = FloatingPointError(
                 f"The rule {self._rule.name} gave particles {sick.tolist()} "

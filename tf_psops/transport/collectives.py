@@ -19,21 +19,24 @@ class Collectives:
     Args:
         devices: The local devices, in the order of the replicas.
         group: The `group.Group` of the workers, `None` for a swarm in one process.
+        replicas_per_particle: How many local replicas make one particle, 1 or all. The
+            first one speaks for the others, which have the same.
     """
 
-    def __init__(self, devices, group):
+    def __init__(self, devices, group, replicas_per_particle=1):
         self._devices = tuple(devices)
         self._group = group
+        self._local = len(self._devices) // replicas_per_particle
 
     @property
     def num_particles(self):
-        """Returns W, the number of replicas on all workers, there or not."""
-        return (self._group.num_workers if self._group else 1) * len(self._devices)
+        """Returns W, the number of particles on all workers, there or not."""
+        return (self._group.num_workers if self._group else 1) * self._local
 
     @property
     def first_particle(self):
-        """Returns the index of this worker's first replica in the swarm."""
-        return self._group.index * len(self._devices) if self._group else 0
+        """Returns the index of this worker's first particle in the swarm."""
+        return self._group.index * self._local if self._group else 0
 
     def gather(self, rows):
         """Returns a table of all replicas' rows, [W, K], in the particles' order.
@@ -43,7 +46,7 @@ class Collectives:
                 that are not there are NaN.
         """
         with tf.device(self._devices[0]):
-            table = tf.stack([tf.identity(row) for row in rows])
+            table = tf.stack([tf.identity(row) for row in rows[: self._local]])
         if not self._group:
             return table
         with tf.device("CPU:0"):
@@ -52,7 +55,7 @@ class Collectives:
 
     def tell(self, rows):
         """Returns what `gather` does, of and as NumPy arrays."""
-        rows = np.stack(rows)
+        rows = np.stack(rows[: self._local])
         return self._table(rows) if self._group else rows
 
     def _table(self, rows):
@@ -72,7 +75,7 @@ class Collectives:
                 replicas out of order may hold anything, NaN included.
             healthy: [W], a bool for each replica, at least one of them true.
         """
-        first, local = self.first_particle, len(vectors)
+        first, local = self.first_particle, self._local
         with tf.device(self._devices[0]):
             # Not by `tf.where`, which would copy the vector.
             vectors = [
@@ -81,7 +84,7 @@ class Collectives:
                     lambda vector=vector: tf.identity(vector),
                     lambda vector=vector: tf.zeros_like(vector),
                 )
-                for replica, vector in enumerate(vectors)
+                for replica, vector in enumerate(vectors[:local])
             ]
             if not self._group:
                 count = tf.math.count_nonzero(healthy)
@@ -162,12 +165,15 @@ class Collectives:
         """
         with tf.device(self._devices[0]):
             mine = tf.switch_case(
-                root % len(vectors),
-                [lambda vector=vector: tf.identity(vector) for vector in vectors],
+                root % self._local,
+                [
+                    lambda vector=vector: tf.identity(vector)
+                    for vector in vectors[: self._local]
+                ],
             )
         if not self._group:
             return self._to_devices(mine)
-        root_worker = root // len(vectors)
+        root_worker = root // self._local
         with tf.device("CPU:0"):
             needed = tf.where(root_worker == self._group.index, 0, mine.shape[0])
             got = tf.numpy_function(

@@ -1,0 +1,140 @@
+"""Tests of islands: all devices of a worker are one particle."""
+
+import clusters
+import keras
+import numpy as np
+import tensorflow as tf
+from absl.testing import parameterized
+from keras import layers
+
+import tf_psops
+
+_STEPS, _ROWS = 8, 4  # Of one worker in one step.
+
+
+def _strategy(devices, **kwargs):
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    if tf.config.get_logical_device_configuration(cpu) is None:
+        tf.config.set_logical_device_configuration(
+            cpu, [tf.config.LogicalDeviceConfiguration()] * devices
+        )
+    names = [f"CPU:{i}" for i in range(devices)]
+    return tf_psops.SwarmStrategy(names, **kwargs)
+
+
+def _compiled(strategy, make=(), optimizer=None):
+    keras.utils.set_random_seed(1)
+    with strategy.scope():
+        model = keras.Sequential(
+            [keras.Input([4]), *(layer() for layer in make), layers.Dense(3)]
+        )
+        model.compile(
+            optimizer() if optimizer else keras.optimizers.SGD(0.1, momentum=0.9),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+        )
+    return model
+
+
+def _data(workers):
+    random = np.random.default_rng(0)
+    x = random.normal(size=(_STEPS * workers * _ROWS, 4)).astype("float32")
+    return x, x.argmax(-1) % 3
+
+
+def _train(devices, workers, rule=None, sync_every=3, make=(), **kwargs):
+    strategy = _strategy(devices, **kwargs)
+    model = _compiled(strategy, make)
+    x, y = _data(workers)
+    sync = tf_psops.PSOSync(sync_every, rule)
+    alike = []
+
+    class Look(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            for variable in model.trainable_variables:
+                copies = strategy.experimental_local_results(variable.value)
+                values = [copy.numpy() for copy in copies]
+                alike.append(all((v == values[0]).all() for v in values))
+
+    history = model.fit(
+        *(x, y),
+        batch_size=workers * _ROWS,
+        shuffle=False,
+        verbose=0,
+        callbacks=[Look(), sync],
+        validation_data=(x, y),
+    ).history
+    fitness = None if sync.fitness is None else sync.fitness.tolist()
+    return model.get_weights(), history, fitness, all(alike)
+
+
+class IslandsTest(tf.test.TestCase, parameterized.TestCase):
+    def test_two_workers_of_two_devices_train_as_of_one(self):
+        islands = clusters.run(_island, 2, 2, timeout=150)
+        plain = clusters.run(_island, 2, 1, timeout=150)
+        for (weights, history, fitness, alike), expected in zip(islands, plain):
+            self.assertTrue(alike)
+            self.assertAllClose(weights, expected[0], atol=1e-5)
+            self.assertAllClose(fitness, expected[2], atol=1e-5)
+            self.assertLen(fitness, 2)
+            for name, values in history.items():
+                self.assertAllClose(values, expected[1][name], atol=1e-4, msg=name)
+
+    def test_average_at_every_step_is_synchronous_sgd(self):
+        islands = clusters.run(_island_sgd, 2, timeout=150)
+        weights = _synchronous_sgd()
+        for got in islands:
+            self.assertAllClose(got, weights, atol=1e-5)
+
+    def test_layers_with_state_and_random_numbers(self):
+        for weights, history, _, alike in clusters.run(
+            _island_of_layers, 2, timeout=150
+        ):
+            self.assertTrue(alike)
+            self.assertTrue(np.isfinite(history["loss"]).all())
+            self.assertAllClose(weights, weights)
+
+    def test_one_island_trains_as_plain_keras(self):
+        weights, _, _, alike = _train(
+            2, 1, tf_psops.ParameterAverage(), particle="worker"
+        )
+        model = _compiled(tf.distribute.get_strategy())
+        model.fit(*_data(1), batch_size=_ROWS, shuffle=False, verbose=0)
+        self.assertTrue(alike)
+        self.assertAllClose(weights, model.get_weights(), atol=1e-6)
+
+    def test_bad_particle(self):
+        with self.assertRaisesRegex(ValueError, "`particle`.*'device' or 'worker'"):
+            tf_psops.SwarmStrategy(particle="gpu")
+
+
+def _island(devices):
+    return _train(devices, 2, particle="worker")
+
+
+def _island_of_layers():
+    make = (layers.BatchNormalization, lambda: layers.Dropout(0.3))
+    return _train(2, 2, make=make, particle="worker")
+
+
+def _island_sgd():
+    strategy = _strategy(2, particle="worker")
+    model = _compiled(strategy, optimizer=lambda: keras.optimizers.SGD(0.1))
+    sync = tf_psops.PSOSync(1, tf_psops.ParameterAverage())
+    model.fit(
+        *_data(2), batch_size=2 * _ROWS, shuffle=False, verbose=0, callbacks=[sync]
+    )
+    return model.get_weights()
+
+
+def _synchronous_sgd():
+    """Returns the weights of plain Keras on all rows."""
+    model = _compiled(
+        tf.distribute.get_strategy(), optimizer=lambda: keras.optimizers.SGD(0.1)
+    )
+    model.fit(*_data(2), batch_size=2 * _ROWS, shuffle=False, verbose=0)
+    return model.get_weights()
+
+
+if __name__ == "__main__":
+    tf.test.main()
