@@ -117,6 +117,16 @@ def _initial_values(strategy):
     return [[copy.numpy() for copy in local(variable)] for variable in variables]
 
 
+def _strategy_gather(strategy):
+    """Returns the numbers of all replicas, as TensorFlow's API gathers them."""
+    numbers = strategy.run(
+        lambda: tf.reshape(
+            tf.distribute.get_replica_context().replica_id_in_sync_group, [1]
+        )
+    )
+    return strategy.gather(numbers, axis=0).numpy()
+
+
 def _work(local_devices):
     """Is what each worker of a cluster does in the tests below."""
     cpu = tf.config.list_physical_devices("CPU")[0]
@@ -129,6 +139,7 @@ def _work(local_devices):
     return {
         "initial values": _initial_values(strategy),
         "gather": _gather(strategy),
+        "strategy.gather": _strategy_gather(strategy),
         "mean": [
             [v[[0, -1]] for v in _mean(strategy, size, sick)]
             for size in _SIZES
@@ -211,6 +222,7 @@ class ClusterTest(_RoundedTestCase, parameterized.TestCase):
             for copies, shape in zip(result["initial values"], shapes, strict=True):
                 for got in copies:  # The chief's: the number 0, and so `mine == 0`.
                     self.assertAllEqual(got, np.full(shape, got.dtype == bool))
+            self.assertAllEqual(result["strategy.gather"], np.arange(particles))
             for got, expected in zip(result["gather"], _gathered(particles)):
                 self.assertAllEqual(got, expected)
             for copies, (size, sick) in zip(result["mean"], cases):

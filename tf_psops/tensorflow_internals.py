@@ -275,6 +275,17 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             flat = strategy.collectives.reduce(tf.reshape(local, [-1]), mean)
         return tf.reshape(flat, local.shape)
 
+    def _gather_to_implementation(self, value, destinations, axis, options):
+        """Joins the values of the local devices, and then of the workers, in order."""
+        copies = getattr(value, "values", (value,))
+        with tf.device(self.worker_devices[0]):
+            local = tf.concat([tf.convert_to_tensor(copy) for copy in copies], axis)
+        strategy = self._container_strategy()
+        if strategy.group is None:
+            return local
+        with strategy.meeting("a gathering of all replicas' values"):
+            return strategy.collectives.concat(local, axis)
+
     # Gradients: what one replica reduces reaches only that replica.
 
     def _use_merge_call(self):

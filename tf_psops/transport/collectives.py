@@ -107,6 +107,22 @@ class Collectives:
         local = int(mean)
         return self._all_reduce(vector, tf.ones([self._group.num_workers, local], bool))
 
+    def concat(self, tensor, axis):
+        """Returns one tensor of each worker that is there, joined along an axis.
+
+        Args:
+            tensor: This worker's, of the same shape as the others'.
+            axis: The axis.
+        """
+
+        def work(mine):
+            told = self._group.gather(mine.ravel())
+            parts = [part.reshape(mine.shape) for part in told if part is not None]
+            return np.concatenate(parts, axis)
+
+        with tf.device("CPU:0"):
+            return tf.numpy_function(work, [tensor], tensor.dtype)
+
     def _all_reduce(self, vector, healthy):
         with tf.device("CPU:0"):
             size = tf.size(vector)
