@@ -327,7 +327,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         collectives = self._container_strategy().collectives
         flat = [tf.convert_to_tensor(value) for value in tf.nest.flatten(values)]
         reduced = list(flat)
-        for dtype in {value.dtype for value in flat}:
+        for dtype in dict.fromkeys(value.dtype for value in flat):
             places = [i for i, value in enumerate(flat) if value.dtype == dtype]
             parts = [tf.reshape(flat[i], [-1]) for i in places]
             total = collectives.reduce(tf.concat(parts, axis=0), mean)
