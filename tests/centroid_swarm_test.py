@@ -148,10 +148,16 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         rule = tf_psops.CentroidSwarm()
         state = rule.init(tf.constant(x))._replace(velocity=tf.constant(v))
         news = _news(particles.mean(0), _lengths(particles - x))
-        w = rule.factors(state, news, 2)
+        factors = rule.factors(state, news, 2)
+        w = factors.inertia
         self.assertEqual(w.dtype, tf.float32)
         self.assertAllClose(w, _inertia(x, v, particles), atol=1e-6)
         self.assertBetween(w, 0.1, 0.4)
+        centroid = particles.mean(0)
+        spread = np.sqrt(np.mean(_lengths(particles - centroid) ** 2))
+        self.assertAllClose(factors.way, _lengths(centroid - x))
+        self.assertAllClose(factors.spread, spread)
+        self.assertAllClose(factors.cohesion, (factors.way / spread) ** 2)
 
     def test_no_inertia_is_parameter_averaging(self):
         rule = tf_psops.CentroidSwarm(inertia=0)

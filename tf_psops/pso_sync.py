@@ -15,8 +15,9 @@ from tf_psops.keras_hooks import (
     fit_checks,
     stop_vote,
     swapped_weights,
+    swarm_summaries,
 )
-from tf_psops.sync import divergence, synchronizer
+from tf_psops.sync import alarms, divergence, synchronizer
 
 # What a worker wishes for the whole swarm, the strongest last.
 _GO_ON, _STOP_ON_NAN, _STOP, _GO_AWAY = range(4)
@@ -56,8 +57,9 @@ class PSOSync(keras.callbacks.Callback):
     again.
 
     Keras' `CSVLogger` and `TensorBoard` beside it write on the chief alone, because the
-    logs are the same everywhere. `BackupAndRestore`, which keeps one particle and not
-    the swarm, is refused.
+    logs are the same everywhere. In the `log_dir` of a `TensorBoard` the chief also
+    writes the numbers of `log`, as a run "swarm". `BackupAndRestore`, which keeps one
+    particle and not the swarm, is refused.
 
     Args:
         sync_every: The synchronisation interval in local steps (mini-batches), at
@@ -116,11 +118,31 @@ class PSOSync(keras.callbacks.Callback):
         fitness: NumPy array [W], every particle's mean training loss before the
             last synchronisation; infinite for a particle out of order, NaN where it is
             unknown.
+        log: A list with a dict for each synchronisation since `fit` began, for a table
+            or `json.dumps`: plain numbers, and `None` where a number is not finite,
+            unknown, or of a worker that is not there.
+
+            - "sync", its number, from 0; "step", the local steps at its start;
+              "epoch"; "seconds", wall seconds since training began.
+            - "fitness" and "distances", of every particle, its mean training loss and
+              how far it had come from where the swarm went on last; "diverged", the
+              indices of the particles that were out of order.
+            - "measures", a dict of what the rule says of itself (`Rule.measures`). Of
+              the default rule: "inertia"; "way", of the centroid since the last one;
+              "spread", the root mean square distance of the particles from the
+              centroid; "cohesion", (way / spread)**2: the lower, the more diverse.
+            - "members", the workers that took part; "bytes", as in `bytes_moved`.
+            - "waiting_seconds", in which training stood still on this worker until the
+              others had come (with a `delay`, until what travelled was there), and
+              "working_seconds", the others that it took.
         num_sick: How many times a particle was out of order at a synchronisation: its
             loss or a weight was not finite, or it had moved a hundred times as far as
             the others, to a larger loss. It is never a best, what it brings reaches no
             other particle, and it goes on from what travelled, with fresh optimizer
             slots. Each case is logged as a warning.
+
+    Once in a training a warning says what to do where all particles train on the same
+    rows, and where synchronisations take more than a fifth of the time.
 
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
@@ -208,6 +230,7 @@ class PSOSync(keras.callbacks.Callback):
         self.optimizer_slots = optimizer_slots
         self.sync_seconds = 0.0
         self.fitness = None
+        self.log = []
         self.members = (0,)
         self._may_admit = True
         self._synchronizer = None
@@ -224,6 +247,11 @@ class PSOSync(keras.callbacks.Callback):
         self._diverged = False
         self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
         self._file_writers = None
+        self._summaries = None
+        self._alarms = None
+        self._begun = 0.0
+        self._start_seconds = 0.0
+        self._start_epoch = 0
 
     @property
     def num_syncs(self):
@@ -292,9 +320,26 @@ class PSOSync(keras.callbacks.Callback):
         self._may_admit = True
         self._history = self.model.history
         self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
+        self._begin_log()
         self.sync_seconds = 0.0
         self._first_step = self._steps = self._synced_steps = 0
         self._diverged = False
+
+    def _begin_log(self):
+        self.log = []
+        self._alarms = alarms.Alarms(self.sync_every)
+        if self._summaries:
+            self._summaries.close()
+        callback_list = tensorflow_internals.calling_list(self)
+        self._summaries = callback_list and swarm_summaries.SwarmSummaries(
+            callback_list,
+            {
+                "particles": self._synchronizer.num_particles,
+                "workers": self.model.distribute_strategy.num_workers,
+                **self._own_settings(),
+            },
+        )
+        self._begun = time.perf_counter()
 
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch = epoch
@@ -356,6 +401,8 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
+        if self._summaries:
+            self._summaries.close()
 
     def _averages_callback(self):
         """Returns what tells whether moving averages are shown, or `None`."""
@@ -414,7 +461,9 @@ class PSOSync(keras.callbacks.Callback):
         with self._meeting(f"synchronisation {self.num_syncs}"):
             self._synchronizer.start(self._wish())
         self._synced_steps = self._steps
-        self.sync_seconds += time.perf_counter() - start
+        self._start_epoch = self._epoch
+        self._start_seconds = time.perf_counter() - start
+        self.sync_seconds += self._start_seconds
 
     def _finish(self):
         start = time.perf_counter()
@@ -430,12 +479,31 @@ class PSOSync(keras.callbacks.Callback):
                 sick,
                 self.num_syncs - 1,
             )
+        self._note(time.perf_counter() - start + self._start_seconds)
         self._change_members()
         leaves = self._synchronizer.wish == _GO_AWAY
         if self._is_elastic:  # The others go on.
             leaves = self._resume_state.preempted
         self._resume_state.note_sync(self._place(), leaves)
         self.sync_seconds += time.perf_counter() - start
+
+    def _note(self, seconds):
+        """Logs the synchronisation that has ended, which took some seconds."""
+        found = self._synchronizer.record
+        group = self.model.distribute_strategy.group
+        record = {
+            "sync": self.num_syncs - 1,
+            "step": self._synced_steps,
+            "epoch": self._start_epoch,
+            "seconds": time.perf_counter() - self._begun,
+            "members": list(group.members if group else self.members),
+            **found,
+            "working_seconds": max(seconds - found["waiting_seconds"], 0.0),
+        }
+        self.log.append(record)
+        self._alarms.check(record)
+        if self._summaries:
+            self._summaries.write(record)
 
     @property
     def _is_elastic(self):
@@ -480,17 +548,22 @@ class PSOSync(keras.callbacks.Callback):
     def _meeting(self, name):
         return self.model.distribute_strategy.meeting(name)
 
-    def _settings(self):
-        """Returns what has to be the same on all workers."""
+    def _own_settings(self):
         payload = self.payload_dtype and tf.as_dtype(self.payload_dtype).name
         return {
-            **fit_checks.settings(self.model),
             "sync_every": self.sync_every,
             "rule": rules.describe(self.rule),
             "non_trainable": self.non_trainable,
             "optimizer_slots": self.optimizer_slots,
             "payload_dtype": payload,
             "delay": self.delay,
+        }
+
+    def _settings(self):
+        """Returns what has to be the same on all workers."""
+        return {
+            **fit_checks.settings(self.model),
+            **self._own_settings(),
             "backups": self._resume_state.settings,
             "epochs": (self.params or {}).get("epochs"),
         }

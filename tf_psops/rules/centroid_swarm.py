@@ -70,6 +70,22 @@ class CentroidSwarmState(NamedTuple):
     velocity: tf.Tensor
 
 
+class CentroidSwarmFactors(NamedTuple):
+    """What a move is made by, scalars; the same on every particle.
+
+    Attributes:
+        inertia: w.
+        cohesion: R, infinite where rounding leaves no distance from the centroid.
+        way: |D|, how far the centroid is from where all particles went on.
+        spread: The root of the mean of |x_i - m|**2.
+    """
+
+    inertia: tf.Tensor
+    cohesion: tf.Tensor
+    way: tf.Tensor
+    spread: tf.Tensor
+
+
 class CentroidSwarm(Rule):
     """Moves all particles together, to their centroid and on by an inertia that fits.
 
@@ -112,8 +128,8 @@ class CentroidSwarm(Rule):
 
     def factors(
         self, state: CentroidSwarmState, news: News, num_tensors: int
-    ) -> tf.Tensor:
-        """Returns the inertia, a scalar."""
+    ) -> CentroidSwarmFactors:
+        """Returns the inertia, and what it is made of."""
         del num_tensors
 
         def products(mean, position, velocity):
@@ -127,7 +143,8 @@ class CentroidSwarm(Rule):
         )
         in_order = tf.math.is_finite(news.distances)
         distances = tf.where(in_order, tf.cast(news.distances, tf.float64), 0)
-        together = tf.reduce_sum(tf.cast(in_order, tf.float64)) * way
+        count = tf.reduce_sum(tf.cast(in_order, tf.float64))
+        together = count * way
         apart = tf.reduce_sum(distances**2) - together
         ratio = tf.where(apart > 0, together / apart, float("inf"))
         cosine = tf.math.divide_no_nan(along, tf.sqrt(way * speed))
@@ -138,7 +155,12 @@ class CentroidSwarm(Rule):
         inertia /= 1 + (ratio / _TOGETHER) ** 2
         reach = _REACH * tf.sqrt(tf.math.divide_no_nan(way, speed))
         inertia = tf.round(tf.minimum(inertia, reach) * _STEPS_OF_INERTIA)
-        return tf.cast(inertia / _STEPS_OF_INERTIA, news.vector.dtype)
+        return CentroidSwarmFactors(
+            inertia=tf.cast(inertia / _STEPS_OF_INERTIA, news.vector.dtype),
+            cohesion=ratio,
+            way=tf.sqrt(way),
+            spread=tf.sqrt(tf.maximum(apart, 0) / count),
+        )
 
     def move(
         self,
@@ -149,8 +171,13 @@ class CentroidSwarm(Rule):
     ) -> tuple[CentroidSwarmState, tf.Tensor]:
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
-        moved = news.vector + news.factors * state.velocity
+        moved = news.vector + news.factors.inertia * state.velocity
         return CentroidSwarmState(moved, moved - state.position), moved
+
+    def measures(self, state: CentroidSwarmState, news: News) -> dict[str, tf.Tensor]:
+        """Returns `CentroidSwarmFactors` by their names."""
+        del state
+        return news.factors._asdict()
 
     def agreed(self, state: CentroidSwarmState, vector: tf.Tensor) -> tf.Tensor:
         """Returns the global best, where the last synchronisation led all particles."""

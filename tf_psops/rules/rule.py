@@ -138,6 +138,19 @@ class Rule:
         """
         raise NotImplementedError
 
+    def measures(self, state: Any, news: News) -> dict[str, tf.Tensor]:
+        """Returns numbers for `PSOSync.log`, a dict from names to scalars.
+
+        By default none. Those of the first particle of each worker are logged there.
+        They should cost nothing: what `move` or `factors` need anyway.
+
+        Args:
+            state: The particle's state, as `move` left it.
+            news: What the particle has learnt.
+        """
+        del state, news
+        return {}
+
     def agreed(self, state: Any, vector: tf.Tensor) -> tf.Tensor:
         """Returns the position, [P], that stands for the whole swarm.
 
@@ -229,6 +242,28 @@ def check_returned(rule, function, returned, expected):
             f"The rule {type(rule).__name__} cannot move the swarm by what its "
             f"`{function}` returned. Expected: {_describe(expected)}. Received: "
             f"{_describe(returned)}. See `tf_psops.Rule.{function}`."
+        )
+
+
+def check_measures(rule, measures):
+    """Raises a `ValueError` unless a rule's `measures` returned scalars by their names.
+
+    Args:
+        rule: A `Rule`.
+        measures: What its `measures` returned.
+    """
+    good = isinstance(measures, dict) and all(
+        isinstance(name, str)
+        and tf.is_tensor(value)
+        and value.shape.rank == 0
+        and (value.dtype.is_floating or value.dtype.is_integer)
+        for name, value in measures.items()
+    )
+    if not good:
+        raise ValueError(
+            f"The rule {type(rule).__name__} has `measures` that cannot be logged. "
+            "Expected: a dict from names to scalar tensors of a real type. Received: "
+            f"{_describe(measures)}. See `tf_psops.Rule.measures`."
         )
 
 

@@ -45,6 +45,12 @@ class CompiledRule:
         score = tf.where(tf.math.is_finite(offer.score), offer.score, float("inf"))
         return state, offer._replace(score=score)
 
+    def measures(self, state, news):
+        """Returns what the rule has to log, a dict from names to float64 scalars."""
+        measures = self._rule.measures(state, news)
+        rule_lib.check_measures(self._rule, measures)
+        return {name: tf.cast(value, tf.float64) for name, value in measures.items()}
+
     def _move(self, state, position, news, tensor_ids):
         tensor_ids = tf.cast(tensor_ids, tf.int32)
         returned = self._rule.move(state, position, news, tensor_ids)

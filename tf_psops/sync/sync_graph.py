@@ -117,7 +117,8 @@ class SyncGraph:
             sync: Scalar int32, the number of this synchronisation.
 
         Returns:
-            Whether the rule gave a finite position, for each local particle.
+            Whether the rule gave a finite position, for each local particle; and what
+            the rule has to log of the first of them, a dict of scalars.
         """
         particles, first = self._particles, self._particles.indices.start
         mine = [
@@ -188,6 +189,8 @@ class SyncGraph:
                 states[replica], position, news[replica], ids
             )
             particles.remember(replica, state)
+            if replica == 0:
+                measures.update(self._rule.measures(state, news[0]))
             finite = divergence.is_finite(position)
             if self._delayed:
                 position += ways[replica]
@@ -199,7 +202,8 @@ class SyncGraph:
             )
             return finite
 
-        return particles.each(move)
+        measures = {}
+        return particles.each(move), measures
 
     @tf.function(autograph=False)
     def close(self, take_mean):

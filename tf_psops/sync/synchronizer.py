@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import math
+import time
 
 import numpy as np
 import tensorflow as tf
@@ -31,6 +33,10 @@ class Synchronizer:
             synchronisation travels, or `None` for that of the weights.
         delayed: Whether particles may take local steps between `start` and `finish`.
         rescale_moments: Whether the second moments among the slots are rescaled.
+
+    Attributes:
+        record: What is known of the last synchronisation, a dict of plain numbers; see
+            `PSOSync.log`.
     """
 
     def __init__(
@@ -65,6 +71,7 @@ class Synchronizer:
         self.num_sick = 0
         self.num_syncs = 0
         self.bytes_moved = 0
+        self.record = {}
 
     def _build(self, found):
         """Makes what the variables of the model decide on.
@@ -343,7 +350,10 @@ class Synchronizer:
         )
 
     def _travel_once(self, rows, offers, own):
+        rows = [row.numpy() for row in rows]  # Once they are computed.
+        start = time.perf_counter()
         table = self._collectives.tell(rows)
+        waiting = time.perf_counter() - start
         fitness, scores, steps, distances, rates, wishes = table.T
         self._check_steps(steps)
         present = ~np.isnan(steps)
@@ -361,6 +371,7 @@ class Synchronizer:
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
+        told = distances, waiting
         distances = np.where(sick, np.inf, distances)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
@@ -377,7 +388,8 @@ class Synchronizer:
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
         numbers = fitness, rate, distances
-        return numbers, unknown, news, int(np.nanmax(wishes)), num_bytes, travelled
+        wish = int(np.nanmax(wishes))
+        return numbers, unknown, news, wish, num_bytes, travelled, told
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -395,11 +407,14 @@ class Synchronizer:
             RuntimeError: If the particles are not at the same step.
         """
         (brought, moving), self._under_way = self._under_way, None
-        numbers, unknown, self._sent, self.wish, num_bytes, travelled = moving.result()
+        start = time.perf_counter()
+        result = moving.result()
+        waited = time.perf_counter() - start
+        numbers, unknown, self._sent, self.wish, num_bytes, travelled, told = result
         fitness = numbers[0]
         self.num_sick += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
-        finite = self._graph.settle(
+        finite, measures = self._graph.settle(
             tf.constant(np.where(np.isnan(fitness), np.inf, fitness)),
             *map(tf.constant, numbers[1:]),
             *brought,
@@ -408,8 +423,19 @@ class Synchronizer:
         )
         self._check_finite(finite, "move")
         self._particles.forget_set()
+        fitness = np.where(unknown & np.isfinite(fitness), np.nan, fitness)
+        distances, waiting = told
+        self.record = {
+            "sync": self.num_syncs,
+            "fitness": list(map(_plain, fitness)),
+            "distances": list(map(_plain, distances)),
+            "diverged": np.flatnonzero(np.isinf(fitness)).tolist(),
+            "measures": {n: _plain(value.numpy()) for n, value in measures.items()},
+            "bytes": int(num_bytes),
+            "waiting_seconds": waited if self._delayed else waiting,
+        }
         self.num_syncs += 1
-        return np.where(unknown & np.isfinite(fitness), np.nan, fitness)
+        return fitness
 
     def tell_all_anew(self):
         """Lets the next vector travel though it is the last one: one worker is new."""
@@ -485,6 +511,11 @@ class Synchronizer:
             )
             error.is_known_to_all = False  # Only to the worker of the particle.
             raise error
+
+
+def _plain(number):
+    """Returns a number as Python's own, `None` where it is not finite."""
+    return float(number) if math.isfinite(number) else None
 
 
 def _present(table):

@@ -1,0 +1,274 @@
+"""Tests of `PSOSync.log`, and of what TensorBoard shows of it."""
+
+import json
+import pathlib
+from unittest import mock
+
+import keras
+import numpy as np
+import tensorflow as tf
+from absl import logging
+from absl.testing import parameterized
+
+import tf_psops
+from tests import clusters, swarms
+from tf_psops.sync import alarms
+
+_KEYS = (
+    *("sync", "step", "epoch", "seconds", "members", "fitness", "distances"),
+    *("diverged", "measures", "bytes", "waiting_seconds", "working_seconds"),
+)
+
+
+def _events(folder):
+    """Returns a dict from tags to lists of (step, value) that TensorBoard finds."""
+    values = {}
+    for path in sorted(pathlib.Path(folder).glob("*tfevents*")):
+        for event in tf.compat.v1.train.summary_iterator(str(path)):
+            for value in event.summary.value:
+                number = value.simple_value
+                if value.HasField("tensor"):
+                    number = tf.make_ndarray(value.tensor)
+                values.setdefault(value.tag, []).append((event.step, number))
+    return values
+
+
+def _train(folder):
+    """Trains a worker of a cluster, and returns its log and what it has written."""
+    folder = pathlib.Path(folder, str(tf_psops.SwarmStrategy().worker_index))
+    with tf_psops.SwarmStrategy().scope():
+        model = swarms.compiled(swarms.dense())
+    sync = tf_psops.PSOSync(2)
+    swarms.fit(model, swarms.data(4), sync, keras.callbacks.TensorBoard(folder))
+    return sync.log, list(_events(folder / "swarm"))
+
+
+class LogTest(tf.test.TestCase, parameterized.TestCase):
+    def test_records_are_what_numpy_finds(self):
+        model = swarms.swarm(3)
+        sync = tf_psops.PSOSync(2)
+        start = swarms.weights(model)[0]
+        before = swarms.Probe(swarms.weights)
+        after = swarms.Probe(lambda model: (swarms.weights(model)[0], sync.fitness))
+        swarms.fit(model, swarms.data(5, 3), before, sync, after, epochs=2)
+        self.assertLen(sync.log, sync.num_syncs)
+        self.assertEqual([r["sync"] for r in sync.log], [0, 1, 2, 3, 4])
+        self.assertEqual([r["step"] for r in sync.log], [2, 4, 6, 8, 10])
+        self.assertEqual([r["epoch"] for r in sync.log], [0, 0, 1, 1, 1])
+        self.assertEqual(sum(r["bytes"] for r in sync.log), sync.bytes_moved)
+        seconds = [r["waiting_seconds"] + r["working_seconds"] for r in sync.log]
+        self.assertBetween(sum(seconds), 0, sync.sync_seconds)
+        for record in sync.log:
+            self.assertSameElements(record, _KEYS)
+            end = record["step"] - 1
+            positions = before.seen[end]
+            centroid = positions.mean(0)
+            spread = np.sqrt(np.mean(np.sum((positions - centroid) ** 2, -1)))
+            way = np.linalg.norm(centroid - start)
+            lengths = np.linalg.norm(positions - start, axis=-1)
+            self.assertAllClose(record["distances"], lengths)
+            self.assertAllClose(record["fitness"], after.seen[end][1])
+            self.assertEqual((record["diverged"], record["members"]), ([], [0]))
+            measures = record["measures"]
+            self.assertSameElements(measures, ["inertia", "way", "spread", "cohesion"])
+            self.assertBetween(measures["inertia"], 0, 0.5)
+            found = measures["way"], measures["spread"], measures["cohesion"]
+            expected = way, spread, (way / spread) ** 2
+            self.assertAllClose(found, expected, rtol=1e-4)
+            start = after.seen[end][0]
+        self.assertEqual(json.loads(json.dumps(sync.log, allow_nan=False)), sync.log)
+
+    @parameterized.parameters(
+        *(tf_psops.ParticleSwarm, tf_psops.ParameterAverage, tf_psops.ElasticAverage),
+        *(tf_psops.SlowMomentum, tf_psops.DiLoCo),
+    )
+    def test_other_rules(self, rule):
+        model = swarms.swarm()
+        sync = tf_psops.PSOSync(2, rule())
+        swarms.fit(model, swarms.data(4), sync)
+        self.assertLen(sync.log, 2)
+        for record in sync.log:
+            self.assertSameElements(record, _KEYS)
+
+    def test_one_particle(self):
+        model = swarms.swarm(1)
+        sync = tf_psops.PSOSync(2)
+        with self.assertNoLogs("absl", "WARNING"):
+            swarms.fit(model, swarms.data(4, 1), sync)
+        self.assertLen(sync.log, 2)
+        for record in sync.log:
+            self.assertLen(record["fitness"], 1)
+            json.dumps(record, allow_nan=False)
+
+    def test_delayed(self):
+        model = swarms.swarm()
+        sync = tf_psops.PSOSync(3, delay=2)
+        swarms.fit(model, swarms.data(7), sync)
+        self.assertEqual([r["step"] for r in sync.log], [3, 6, 7])
+
+    def test_begins_anew(self):
+        model = swarms.swarm()
+        sync = tf_psops.PSOSync(2)
+        for _ in range(2):
+            swarms.fit(model, swarms.data(4), sync)
+            self.assertEqual([r["step"] for r in sync.log], [2, 4])
+
+    def test_particle_out_of_order(self):
+        class Break(keras.callbacks.Callback):
+            def on_train_batch_end(self, batch, logs=None):
+                if batch == 1:
+                    kernel = self.model.trainable_variables[0].value
+                    strategy = self.model.distribute_strategy
+                    copy = strategy.experimental_local_results(kernel)[1]
+                    copy.assign(np.nan * copy)
+
+        model = swarms.swarm(3)
+        sync = tf_psops.PSOSync(2)
+        swarms.fit(model, swarms.data(4, 3), Break(), sync)
+        first, second = sync.log
+        self.assertEqual((first["diverged"], second["diverged"]), ([1], []))
+        self.assertEqual([f is None for f in first["fitness"]], [False, True, False])
+        self.assertEqual([d is None for d in first["distances"]], [False, True, False])
+        self.assertNotIn(None, second["fitness"] + second["distances"])
+        json.dumps(sync.log, allow_nan=False)
+
+    def test_rule_of_ones_own(self):
+        class Counts(tf_psops.ParameterAverage):
+            def measures(self, state, news):
+                return {"syncs": news.sync, "rate": news.learning_rate}
+
+        model = swarms.swarm()
+        sync = tf_psops.PSOSync(2, Counts())
+        swarms.fit(model, swarms.data(4), sync)
+        self.assertEqual([r["measures"]["syncs"] for r in sync.log], [0, 1])
+        self.assertAllClose([r["measures"]["rate"] for r in sync.log], [0.1, 0.1])
+
+    @parameterized.parameters(
+        lambda news: [1.0],
+        lambda news: {"way": 1.0},
+        lambda news: {1: news.learning_rate},
+        lambda news: {"vector": news.vector},
+        lambda news: {"text": tf.constant("text")},
+    )
+    def test_refuses_measures(self, measures):
+        class Odd(tf_psops.ParameterAverage):
+            def measures(self, state, news):
+                return measures(news)
+
+        with self.assertRaisesRegex(ValueError, "Odd has `measures`.*scalar"):
+            swarms.fit(swarms.swarm(), swarms.data(2), tf_psops.PSOSync(1, Odd()))
+
+    def test_all_workers_log_and_the_chief_writes(self):
+        (first, written), (second, nothing) = clusters.run(
+            _train, 2, self.get_temp_dir()
+        )
+        for one, other in zip(first, second, strict=True):
+            self.assertEqual(one["members"], [0, 1])
+            for own in ("seconds", "waiting_seconds", "working_seconds"):
+                self.assertGreater(one.pop(own), 0)
+                self.assertGreater(other.pop(own), 0)
+            self.assertEqual(one, other)
+        self.assertContainsSubset(["swarm/inertia", "swarm/settings"], written)
+        self.assertEmpty(nothing)
+
+
+class TensorBoardTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.parameters("epoch", "batch", 3)
+    def test_writes_what_is_logged(self, update_freq):
+        folder = pathlib.Path(self.get_temp_dir(), str(update_freq))
+        model = swarms.swarm(2)
+        sync = tf_psops.PSOSync(2)
+        board = keras.callbacks.TensorBoard(folder, update_freq=update_freq)
+        swarms.fit(model, swarms.data(5), board, sync, epochs=2)
+        events = _events(folder / "swarm")
+        [(_, settings)] = events.pop("swarm/settings")
+        self.assertIn("sync_every", str(settings))
+        for tag, value in {
+            "bytes": lambda r: r["bytes"],
+            "workers": lambda r: 1,
+            "diverged": lambda r: 0,
+            "waiting_seconds": lambda r: r["waiting_seconds"],
+            "working_seconds": lambda r: r["working_seconds"],
+            "inertia": lambda r: r["measures"]["inertia"],
+            "way": lambda r: r["measures"]["way"],
+            "spread": lambda r: r["measures"]["spread"],
+            "cohesion": lambda r: r["measures"]["cohesion"],
+            "fitness/particle_0": lambda r: r["fitness"][0],
+            "fitness/particle_1": lambda r: r["fitness"][1],
+            "distances/particle_0": lambda r: r["distances"][0],
+            "distances/particle_1": lambda r: r["distances"][1],
+        }.items():
+            expected = [(record["step"], value(record)) for record in sync.log]
+            self.assertAllClose(events.pop(f"swarm/{tag}"), expected)
+        self.assertEmpty(events)
+
+    def test_nothing_without_one(self):
+        model = swarms.swarm()
+        with mock.patch.object(tf.summary, "create_file_writer") as created:
+            swarms.fit(model, swarms.data(4), tf_psops.PSOSync(2))
+        created.assert_not_called()
+
+
+def _record(**more):
+    return {
+        "sync": 7,
+        "seconds": 0.0,
+        "fitness": [1.0, 2.0],
+        "distances": [1.0, 1.0],
+        "waiting_seconds": 0.0,
+        "working_seconds": 0.0,
+        **more,
+    }
+
+
+class AlarmsTest(tf.test.TestCase, parameterized.TestCase):
+    def _warnings(self, *records):
+        checker = alarms.Alarms(10)
+        with self.assertLogs("absl", "WARNING") as logs:
+            logging.warning("none")
+            for record in records:
+                checker.check(record)
+        return logs.output[1:]
+
+    def test_same_data(self):
+        x, y = swarms.arrays(4, 1)
+        x, y = (np.repeat(a.reshape(4, 1, swarms.ROWS, -1), 2, 1) for a in (x, y))
+        data = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 4), y.reshape(-1)))
+        model = swarms.swarm()
+        with self.assertLogs("absl", "WARNING") as logs:
+            swarms.fit(model, data.batch(2 * swarms.ROWS), tf_psops.PSOSync(1))
+        [text] = logs.output
+        self.assertRegex(text, "collapsed: at synchronisation 0 .* same data")
+
+    @parameterized.parameters(
+        {"fitness": [1.0, 1.0 + 1e-4]},
+        {"fitness": [1.0, 1.0], "distances": [1.0, 1.001]},
+        {"fitness": [1.0, 1.0], "distances": [0.0, 0.0]},  # At rest.
+        {"fitness": [1.0, None]},
+        {"fitness": [None, None]},
+        {"fitness": [1.0], "distances": [1.0]},
+    )
+    def test_not_collapsed(self, **values):
+        self.assertEmpty(self._warnings(_record(**values)))
+
+    def _times(self, waiting, working):
+        return [
+            _record(seconds=2.0 * i, waiting_seconds=waiting, working_seconds=working)
+            for i in range(20)
+        ]
+
+    def test_much_time(self):
+        [text] = self._warnings(*self._times(0.1, 0.5))
+        self.assertRegex(text, "30 % of the time. Synchronise.*sync_every, now 10")
+        [text] = self._warnings(*self._times(0.5, 0.1))
+        self.assertRegex(text, "30 % of the time. Most of it this worker waits")
+
+    def test_not_much_time(self):
+        self.assertEmpty(self._warnings(*self._times(0.1, 0.2)))
+        self.assertEmpty(self._warnings(*self._times(0.0, 1.9)[:5]))
+        compiled = _record(seconds=1.0, working_seconds=100.0)
+        self.assertEmpty(self._warnings(compiled, *self._times(0.1, 0.2)[1:]))
+
+
+if __name__ == "__main__":
+    tf.test.main()
