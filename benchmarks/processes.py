@@ -3,6 +3,7 @@
 import contextlib
 import multiprocessing
 import os
+import socket
 import threading
 import time
 import traceback
@@ -76,6 +77,16 @@ class Processes:
         for process, pipe in zip(self._processes, self._pipes):
             process.join()
             pipe.close()
+
+
+def free_addresses(count):
+    """Returns "host:port" of some places on loopback at which nobody listens."""
+    with contextlib.ExitStack() as stack:
+        # All stay open until the last is bound, so that no port comes twice.
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for free in sockets:
+            free.bind(("127.0.0.1", 0))
+        return ["{}:{}".format(*free.getsockname()) for free in sockets]
 
 
 def _work(pipe, make, barrier, own):

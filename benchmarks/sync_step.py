@@ -92,13 +92,6 @@ _GOALS = {
 }
 
 
-def _count(text):
-    """Returns the number that a text such as "0.1M" stands for."""
-    if text.endswith("M"):
-        return round(float(text[:-1]) * 10**6)
-    return int(text)
-
-
 _PARAMS = flags.DEFINE_list(
     "params", ["0.1M", "1M", "10M", "25M"], "Parameters of the network."
 )
@@ -110,7 +103,9 @@ _SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
 )
 def _are_params(texts):
     try:
-        return bool(texts) and all(_count(text) >= _MIN_PARAMS for text in texts)
+        return bool(texts) and all(
+            common_flags.count(text) >= _MIN_PARAMS for text in texts
+        )
     except (OverflowError, ValueError):
         return False
 
@@ -327,7 +322,12 @@ def main(argv):
     cluster_flags.show(
         table,
         (
-            measure(_count(params), int(workers), sides, common_flags.REPEATS.value)
+            measure(
+                common_flags.count(params),
+                int(workers),
+                sides,
+                common_flags.REPEATS.value,
+            )
             for params, workers in sizes
         ),
     )
