@@ -32,7 +32,8 @@ from benchmarks import cluster_flags, common_flags, processes
 SIDES = ("keras", "average", "pso", "pso_backups")
 
 _NUM_LAYERS = 16
-_MIN_PARAMS = _NUM_LAYERS
+_WIDTH_UNIT = 4  # As in most networks, layers have a whole number of vector registers.
+_MIN_PARAMS = _NUM_LAYERS * _WIDTH_UNIT**2
 _STEPS_PER_SYNC = 2
 _ROWS = 8
 _MB = 1e6
@@ -70,7 +71,7 @@ def measure(params, num_workers, syncs=(10,), sides=SIDES):
 
     Args:
         params: The number of parameters; what is trained is the nearest that 16 square
-            matrices hold.
+            matrices hold whose sides are multiples of 4.
         num_workers: W, the number of workers, at least 2; plain Keras has one.
         syncs: Numbers of synchronisations after which the peak is read. Defaults to 10.
         sides: Some of `SIDES`. Defaults to all.
@@ -80,7 +81,7 @@ def measure(params, num_workers, syncs=(10,), sides=SIDES):
         "weight_bytes", and "peak_bytes", a dict from each of `syncs` to the largest
         peak of a worker.
     """
-    width = round(math.sqrt(params / _NUM_LAYERS))
+    width = _WIDTH_UNIT * round(math.sqrt(params / _MIN_PARAMS))
     records = []
     for side in sides:
         with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:

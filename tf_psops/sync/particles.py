@@ -1,5 +1,6 @@
 """The particles of one worker: what they are made of, and what they remember."""
 
+import functools
 import zlib
 
 import numpy as np
@@ -101,21 +102,24 @@ class Particles:
 
     def _make_memory(self):
         """Makes what particles remember: the rule's state, and what was agreed on."""
-        position = tf.zeros([self.weights.size], self.dtype)
+        position = tf.TensorSpec([self.weights.size], self.dtype)
+        # Traced only: of long vectors there should be no more than needed.
+        init = tf.function(self._rule.init, autograph=False)
         memory = (
-            self._rule.init(position),
+            init.get_concrete_function(position).structured_outputs,
             position,
-            tf.zeros([self._state.size], self.dtype),
-            tf.zeros([self._averages.size], self.dtype),
+            tf.TensorSpec([self._state.size], self.dtype),
+            tf.TensorSpec([self._averages.size], self.dtype),
         )
+
+        def variable(spec):
+            zeros = functools.partial(tf.zeros, spec.shape, spec.dtype)
+            return tf.Variable(zeros, trainable=False)
 
         def make(replica):
             del replica
             with self._strategy.extended.plain_variables():
-                return tf.nest.map_structure(
-                    lambda value: tf.Variable(tf.zeros_like(value), trainable=False),
-                    memory,
-                )
+                return tf.nest.map_structure(variable, memory)
 
         self._memories = self.each(make)
         self._rule_state, self.vector, self._agreed_state, self._agreed_averages = zip(

@@ -59,6 +59,8 @@ class SyncGraph:
 
         def report(replica):
             position = particles.weights.pack(replica)
+            # Parts of it from here on, so that they are in memory once.
+            particles.weights.unpack(replica, position)
             loss = self._loss_tracker.mean_loss(sums[replica])
             loss = tf.cast(loss, position.dtype)
             agreed = particles.agreed_position(replica)

@@ -211,13 +211,15 @@ class Synchronizer:
             self._rehearse(take_mean)
 
     def _rehearse(self, take_mean):
-        variables = tf.nest.flatten(
-            [self._particles.changed(), self._loss_tracker.variables]
-        )
+        variables = tf.nest.flatten(self._loss_tracker.variables)
         values = [variable.read_value() for variable in variables]
         rows, positions, offers, states, own = self._graph.report(
             tf.constant(0, tf.float64)
         )
+        # Only now, because `report` lets weights and positions share their memory.
+        changed = tf.nest.flatten(self._particles.changed())
+        variables += changed
+        values += [variable.read_value() for variable in changed]
         table = self._collectives.tell(rows)
         healthy = tf.zeros_like(table[:, 0])
         travelled = self._reduction.travel(
@@ -227,6 +229,7 @@ class Synchronizer:
         self._graph.settle(
             healthy, rate, healthy, positions, states, own, *travelled, tf.constant(0)
         )
+        del positions, offers, states, own, travelled
         self._particles.take_back(self._particles.show_agreed())
         self._graph.close(take_mean)
         for variable, value in zip(variables, values):
