@@ -68,10 +68,12 @@ def _sum(group, vector):
     """Returns the sum of all members' vectors, as one transaction."""
 
     def work():
-        memory = np.empty(group.size_to_receive(len(vector)), vector.dtype)
-        total = np.empty_like(vector)
-        group.own_share(total)[...] = sum(group.scatter(vector, memory))
-        return group.share(total)
+        memory = np.empty(group.size_to_reduce(len(vector)), vector.dtype)
+
+        def add(shares, out):
+            out[...] = sum(shares)
+
+        return group.all_reduce(vector, memory, add)
 
     return group.transaction(work)
 

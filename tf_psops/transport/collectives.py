@@ -131,37 +131,21 @@ class Collectives:
                 [
                     vector,
                     healthy,
-                    _memory([size], vector.dtype),
-                    _memory([self._group.size_to_receive(size)], vector.dtype),
+                    _memory([self._group.size_to_reduce(size)], vector.dtype),
                 ],
                 vector.dtype,
             )
             return tf.ensure_shape(mean, vector.shape)
 
-    def _mean(self, vector, healthy, mean, received):
-        return self._group.transaction(
-            lambda: self._mean_of_members(vector, healthy, mean, received)
-        )
+    def _mean(self, vector, healthy, memory):
+        def reduce(shares, own):
+            count = healthy[list(self._group.present)].sum()
+            scale = healthy.shape[1] / count if count else 1
+            _scaled_sum_of_arrays(shares, scale, own)
 
-    def _mean_of_members(self, vector, healthy, mean, received):
-        """Every worker sums its share of the vectors up, which then goes to all."""
-        first, *others = self._group.scatter(vector, received)
-        own = self._group.own_share(mean)
-        exact = own if own.itemsize > 2 else np.empty(own.shape, np.float32)
-        # In the order of the workers, so that all add up alike.
-        if others:
-            np.add(first, others[0], out=exact, dtype=exact.dtype)
-            for share in others[1:]:
-                exact += share
-        else:
-            exact[...] = first
-        count = healthy[list(self._group.present)].sum()
-        if count:
-            exact *= exact.dtype.type(healthy.shape[1] / count)
-        if exact is not own:
-            largest = float(tf.as_dtype(own.dtype).max)
-            own[...] = np.clip(exact, -largest, largest, out=exact)
-        return self._group.share(mean)
+        return self._group.transaction(
+            lambda: self._group.all_reduce(vector, memory, reduce)
+        )
 
     def mean_of_both(self, vectors, others, healthy):
         """Returns the means of two lists of vectors, which travel as one."""
@@ -231,6 +215,24 @@ def _scaled_sum(vectors, scale):
     total = tf.add_n([tf.cast(vector, exact) for vector in vectors])
     total *= tf.cast(scale, exact)
     return total if dtype == exact else tf.saturate_cast(total, dtype)
+
+
+def _scaled_sum_of_arrays(arrays, scale, out):
+    """Writes scale * sum(arrays) to `out`, added up in float32 at least."""
+    first, *others = arrays
+    exact = out if out.itemsize > 2 else np.empty(out.shape, np.float32)
+    # In the order of the workers, so that all add up alike.
+    if others:
+        np.add(first, others[0], out=exact, dtype=exact.dtype)
+        for array in others[1:]:
+            exact += array
+    else:
+        exact[...] = first
+    if scale != 1:
+        exact *= exact.dtype.type(scale)
+    if exact is not out:
+        largest = float(tf.as_dtype(out.dtype).max)
+        out[...] = np.clip(exact, -largest, largest, out=exact)
 
 
 def _memory(shape, dtype):

@@ -339,39 +339,36 @@ class Group:
         got[self.index] = vector
         return [got.get(worker) for worker in range(self.num_workers)]
 
-    def scatter(self, vector, memory):
-        """Returns all members' values of this worker's share, a list in their order.
+    def all_reduce(self, vector, memory, reduce):
+        """Returns what all members' vectors are reduced to, a NumPy array.
+
+        Every member reduces its share of them, and sends that to all.
 
         Args:
             vector: A flat NumPy array.
-            memory: A flat array of `size_to_receive` elements to fill.
+            memory: A flat array to fill, of `size_to_reduce` elements.
+            reduce: A function of all members' values of one share, a list in their
+                order, and of the array to write the result to.
         """
         shares = self._shares(len(vector), self.present)
-        mine, others = vector[shares[self.index]], self._others
-        if len(memory) < len(others) * len(mine):  # Fewer members, larger shares.
-            memory = np.empty([len(others) * len(mine)], vector.dtype)
-        rows = memory[: len(others) * len(mine)].reshape(len(others), len(mine))
-        got = dict(zip(others, rows))
-        self._exchange(Kind.SCATTER, {w: vector[shares[w]] for w in others}, got)
-        return [got.get(worker, mine) for worker in shares]
+        length, mine = _share_length(len(vector), len(shares)), shares[self.index]
+        # What comes in goes where the others' results will come later.
+        rows = {
+            worker: memory[place * length :][: mine.stop - mine.start]
+            for place, worker in enumerate(shares)
+        }
+        got = {worker: rows[worker] for worker in self._others}
+        self._exchange(Kind.SCATTER, {w: vector[shares[w]] for w in got}, got)
+        got[self.index] = vector[mine]
+        reduce([got[worker] for worker in shares], rows[self.index])
+        result = memory[: len(vector)]
+        self._spread(result, shares, self._others)
+        return result
 
-    def size_to_receive(self, size):
-        """Returns how many elements `scatter` gets of vectors of `size` elements."""
-        return (self.num_workers - 1) * _share_length(size, self.num_workers)
-
-    def own_share(self, vector):
-        """Returns the part of a flat NumPy array that is this worker's share."""
-        return vector[self._shares(len(vector), self.present)[self.index]]
-
-    def share(self, vector):
-        """Returns a vector to which each member has brought its own share.
-
-        Args:
-            vector: A flat NumPy array with this worker's `own_share`, to fill.
-        """
-        shares = self._shares(len(vector), self.present)
-        self._spread(vector, shares, self._others)
-        return vector
+    def size_to_reduce(self, size):
+        """Returns how many elements `all_reduce` needs for vectors of `size`."""
+        # The shares of however many members, of which the last is full as well.
+        return size + self.num_workers * _ALIGNMENT
 
     def broadcast(self, vector, root, memory):
         """Returns the vector of the worker `root`, a NumPy array.
