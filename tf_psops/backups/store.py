@@ -243,9 +243,29 @@ def _header(num_particles, variables, header):
     )
 
 
-def _dump(file, header, tensors):
-    arrays = {name: value.numpy() for name, value in tensors.items()}
-    np.savez(file, header=np.array(header), **arrays)
+def _dump(file, header, values):
+    """Writes a particle as `numpy.savez` would, but piece by piece.
+
+    Args:
+        file: A file.
+        header: A string.
+        values: A dict from a type to a list of tensors that make one vector of it. Each
+            is taken out when it is written, so that its memory is free.
+    """
+    with zipfile.ZipFile(file, "w") as members:
+        with members.open("header.npy", "w") as member:
+            np.lib.format.write_array(member, np.array(header))
+        for name, tensors in values.items():
+            dtype = tensors[0].dtype.as_numpy_dtype
+            described = {
+                "descr": np.lib.format.dtype_to_descr(np.dtype(dtype)),
+                "fortran_order": False,
+                "shape": (sum(tensor.shape.num_elements() for tensor in tensors),),
+            }
+            with members.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, described)
+                while tensors:
+                    member.write(np.asarray(tensors.pop(0)).ravel().view(np.uint8))
 
 
 def _read_arrays(file, variables):
@@ -263,15 +283,19 @@ def _read_arrays(file, variables):
 
 @tf.function(autograph=False)
 def _values(particles):
-    """Returns each particle's values now: a dict from a type to one vector of it."""
+    """Returns each particle's values now: a dict from a type to all tensors of it.
+
+    They are no copies: a variable gets other memory where it is changed while somebody
+    has its value.
+    """
     values = []
     for variables in particles:
         by_type = {}
-        with tf.device(variables[0].device):
-            for variable in variables:
-                flat = tf.reshape(variable.read_value(), [-1])
-                by_type.setdefault(variable.dtype.name, []).append(flat)
-            values.append({name: tf.concat(v, axis=0) for name, v in by_type.items()})
+        for variable in variables:
+            with tf.device(variable.device):
+                value = variable.read_value()
+            by_type.setdefault(variable.dtype.name, []).append(value)
+        values.append(by_type)
     return values
 
 
