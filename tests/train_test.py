@@ -74,7 +74,11 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         self.assertContainsSubset(
             {"loss", "accuracy", "num_syncs", "sync_seconds"}, json.loads(lines[0])
         )
+        lines = (output / "swarm.jsonl").read_text().splitlines()
+        self.assertEqual([json.loads(line)["sync"] for line in lines], [*range(15)])
+        self.assertEqual(json.loads(lines[-1])["step"], result["steps"])
         self.assertNotEmpty(list(output.glob("**/events.out.tfevents.*")))
+        self.assertNotEmpty(list(output.glob("swarm/events.out.tfevents.*")))
         self.assertEmpty(list(output.glob("*unfinished*")))
 
         data = datasets.load("digits")
@@ -124,6 +128,23 @@ class TrainTest(tf.test.TestCase, parameterized.TestCase):
         self.assertNotEmpty(list(backups.glob("fit-0/*.npz")))
         other = training.train(**{**arguments, "seed": 4})
         self.assertNotEqual(first.test_loss, other.test_loss)
+
+    @parameterized.parameters(4, 5)  # The last of 8 steps synchronises, or not.
+    def test_particles_are_those_before_the_last_synchronisation(self, sync_every):
+        result = training.train(
+            model="mlp", particles=2, steps=8, sync_every=sync_every
+        )
+        self.assertLen(set(result.particle_test_losses), 2)
+
+    def test_records_after_a_resumption(self):
+        folder = pathlib.Path(self.get_temp_dir(), "resumed")
+        arguments = {"model": "mlp", "particles": 2, "sync_every": 11}
+        arguments |= {"backup_dir": folder / "backups", "output_dir": folder}
+        for epochs in 1, 1, 2:
+            result = training.train(epochs=epochs, **arguments, elastic=True)
+            lines = (folder / "swarm.jsonl").read_text().splitlines()
+            syncs = [json.loads(line)["sync"] for line in lines]
+            self.assertEqual(syncs, [*range(result.num_syncs)])
 
     def test_goes_on_after_as_many_epochs_with_more_particles(self):
         folder = pathlib.Path(self.get_temp_dir(), "backups")

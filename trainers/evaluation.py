@@ -50,13 +50,22 @@ def evaluate_particles(model, dataset):
     Returns:
         A list of `Score`, one for each particle of all workers.
     """
+    return _gathered(model.distribute_strategy, _local_totals(model, dataset))
+
+
+def _local_totals(model, dataset):
+    """Returns what `_score` needs of each local particle, a tensor."""
     strategy = model.distribute_strategy
 
     def on_all_replicas(inputs, labels):
         counts = strategy.run(lambda: _count(model, inputs, labels))
         return tf.stack(strategy.experimental_local_results(counts))
 
-    local = _totals(dataset, on_all_replicas)
+    return _totals(dataset, on_all_replicas)
+
+
+def _gathered(strategy, local):
+    """Returns a list of `Score`, of the totals of all workers' particles."""
     num_particles = strategy.num_workers * len(local)
 
     def place(context):
@@ -71,9 +80,10 @@ def evaluate_particles(model, dataset):
 
 
 class ParticleEvaluation(keras.callbacks.Callback):
-    """Evaluates every particle when training ends, before the swarm agrees.
+    """Evaluates every particle after the last step, before the swarm agrees.
 
-    It must stand before `PSOSync` in the list of callbacks.
+    It must stand before `PSOSync` in the list of callbacks, which may synchronise after
+    that step.
 
     Args:
         dataset: A `tf.data.Dataset` as `datasets.test_dataset` makes it.
@@ -85,10 +95,25 @@ class ParticleEvaluation(keras.callbacks.Callback):
     def __init__(self, dataset):
         super().__init__()
         self._dataset = dataset
+        self._is_last_epoch = False
+        self._local = None
         self.scores = []
 
+    def on_train_begin(self, logs=None):
+        self._local = None
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._is_last_epoch = epoch + 1 == self.params["epochs"]
+
+    def on_train_batch_end(self, batch, logs=None):
+        if self._is_last_epoch and batch + 1 == self.params["steps"]:
+            self._local = _local_totals(self.model, self._dataset)
+
     def on_train_end(self, logs=None):
-        self.scores = evaluate_particles(self.model, self._dataset)
+        if self._local is None:  # Training was stopped earlier.
+            self._local = _local_totals(self.model, self._dataset)
+        # Gathered only here, where a worker is also that joined after the last step.
+        self.scores = _gathered(self.model.distribute_strategy, self._local)
 
 
 def _totals(dataset, count):

@@ -24,8 +24,8 @@ class Result(NamedTuple):
     Attributes:
         test_accuracy: Accuracy of the swarm's agreed model on the test set, 0 to 1.
         test_loss: Its mean cross-entropy on the test set, of text in bits per byte.
-        particle_test_accuracies: The accuracy of each particle before the swarm
-            agreed on one model.
+        particle_test_accuracies: The accuracy of each particle after its last step,
+            before the last synchronisation.
         particle_test_losses: Their mean cross-entropies, likewise.
         num_particles: Number of particles, on all workers.
         num_syncs: Number of synchronisations.
@@ -95,8 +95,10 @@ def train(
         clipnorm: See `optimizers.make`. Defaults to `None`.
         seed: Seed of the initial weights, the order of the data and the rule.
             Defaults to 0.
-        output_dir: Folder for `metrics.jsonl`, `result.json`, `model.keras` and
-            TensorBoard's events; made if needed. Defaults to none: no files.
+        output_dir: Folder for `metrics.jsonl`, a line for each epoch, `swarm.jsonl`, a
+            line for each synchronisation (`tf_psops.PSOSync.log`), `result.json`,
+            `model.keras` and TensorBoard's events; made if needed. Defaults to none:
+            no files.
         backup_dir: Folder for backups, from which the same call goes on after it was
             cut short; see `tf_psops.PSOSync`. Defaults to none.
         elastic: Whether a backup of another number of particles will do. Defaults to
@@ -158,6 +160,7 @@ def train(
     if output:
         callbacks += [
             _MetricsLog(output / "metrics.jsonl", sync),
+            _SwarmLog(output / "swarm.jsonl", sync),
             keras.callbacks.TensorBoard(output, write_graph=False),
         ]
     start = time.perf_counter()
@@ -241,7 +244,30 @@ class _MetricsLog(keras.callbacks.Callback):
             "num_syncs": self._sync.num_syncs,
             "sync_seconds": self._sync.sync_seconds,
         }
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
         # A resumed training repeats an epoch, a new one all of them.
-        lines = [line for line in lines if json.loads(line)["epoch"] < epoch]
-        write_text(self._path, "\n".join([*lines, json.dumps(record)]) + "\n")
+        _write_records(self._path, [record], "epoch")
+
+
+class _SwarmLog(keras.callbacks.Callback):
+    """Writes what each synchronisation found as one line of JSON, epoch by epoch."""
+
+    def __init__(self, path, sync):
+        super().__init__()
+        self._path = path
+        self._sync = sync
+
+    def on_epoch_end(self, epoch, logs=None):
+        _write_records(self._path, self._sync.log, "sync")
+
+    def on_train_end(self, logs=None):
+        _write_records(self._path, self._sync.log, "sync")
+
+
+def _write_records(path, records, key):
+    """Writes records as lines of JSON, after those in the file with a smaller key."""
+    if not records:
+        return
+    lines = path.read_text().splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)[key] < records[0][key]]
+    lines += map(json.dumps, records)
+    write_text(path, "\n".join(lines) + "\n")
