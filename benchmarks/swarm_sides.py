@@ -100,7 +100,7 @@ class _Swarm:
         self._step(tf.constant([[loss]]))
 
     def sync(self):
-        with self._strategy.meeting("a round"):
+        with self._strategy.barrier("a round"):
             self._synchronizer.synchronize()
 
     def weights(self):

@@ -15,7 +15,7 @@ _PAYLOADS = {tf.float16: 2**-11, tf.bfloat16: 2**-8}
 
 
 def _collectives(strategy):
-    return collectives_lib.Collectives(strategy.extended.worker_devices, strategy.group)
+    return collectives_lib.Collectives(strategy.extended.worker_devices, strategy.peers)
 
 
 def _vector(particle, size, round_number=0):

@@ -270,7 +270,7 @@ class FitnessTest(tf.test.TestCase, parameterized.TestCase):
             tf.data.Dataset.from_tensor_slices((x, y)).batch(_PARTICLES * swarms.ROWS),
             sync := tf_psops.PSOSync(3, tf_psops.ParameterAverage()),
         )
-        self.assertEqual(sync.num_sick, 1)
+        self.assertEqual(sync.num_diverged, 1)
         self.assertAllInRange(history["loss"], 0.0, 10.0)
         self.assertAllInRange(sync.fitness, 0.0, 10.0)
 

@@ -265,7 +265,7 @@ class SeveralOptimizersTest(_Case):
         model.fit(
             x, y, batch_size=4, verbose=0, callbacks=[poisoner, sync, probe]
         )  # fmt: skip
-        self.assertEqual(sync.num_sick, 1)
+        self.assertEqual(sync.num_diverged, 1)
         self.assertLen(probe.seen[3], 4)
         for slot in probe.seen[3]:
             self.assertAllEqual(slot, np.full_like(slot, fresh))

@@ -196,7 +196,7 @@ class OtherStateTest(tf.test.TestCase, parameterized.TestCase):
         for slots in probe.seen:
             self.assertAllInRange(slots, 0.0, 1e9)
         self.assertAllInRange(swarms.weights(model), -100, 100)
-        self.assertEqual(sync.num_sick, 0)
+        self.assertEqual(sync.num_diverged, 0)
 
     def _check(self, policy, before, after):
         self.assertFalse(swarms.equal(before))
@@ -266,7 +266,7 @@ class DistancesTest(tf.test.TestCase, parameterized.TestCase):
         before, after = swarms.Probe(look), swarms.Probe(swarms.weights)
         start = swarms.weights(model)[0]
         swarms.fit(model, swarms.data(9, 3), before, sync, after)
-        told = rule.seen[1:]  # Without the rehearsal.
+        told = rule.seen[1:]  # Without the warm-up.
         self.assertEqual([number for number, _ in told[:4]], [0, 1, 2, 3])
         went_on_from = start
         for number, distances in told[:4]:
@@ -332,7 +332,7 @@ class SickParticleTest(tf.test.TestCase, parameterized.TestCase):
             swarms.fit(model, swarms.data(12, 3), *poisons, before, sync, after)
         warning = "Particles [0] were out of order"
         self.assertEqual("".join(logs.output).count(warning), 3)
-        self.assertEqual(sync.num_sick, 3)
+        self.assertEqual(sync.num_diverged, 3)
         for step in values:
             weights, fitness = after.seen[step]
             self.assertAllInRange(weights, -10, 10)

@@ -116,8 +116,8 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
         probe = swarms.Probe(lambda _: events.append("step"))
         with mock.patch.object(reduction.Reduction, "travel", slow):
             swarms.fit(model, swarms.data(7), sync, probe)
-        rehearsed, *rest = events
-        self.assertEqual(rehearsed, "there")
+        warmed_up, *rest = events
+        self.assertEqual(warmed_up, "there")
         trips = " ".join(rest).split("there")
         self.assertEqual([trip.count("step") for trip in trips], [4, 3, 0, 0])
 
@@ -166,7 +166,7 @@ class DelayTest(tf.test.TestCase, parameterized.TestCase):
         model = swarms.swarm(3)
         sync = tf_psops.PSOSync(3, tf_psops.ParameterAverage(), delay=2)
         swarms.fit(model, swarms.data(12, 3), Break(), sync)
-        self.assertEqual(sync.num_sick, 2)
+        self.assertEqual(sync.num_diverged, 2)
         self.assertTrue(np.isfinite(swarms.weights(model)).all())
 
     @parameterized.parameters(-1, 4, 1.5, None, True)
@@ -221,10 +221,10 @@ class RehearsalTest(tf.test.TestCase, parameterized.TestCase):
             history = swarms.fit(model, swarms.data(5), sync, after)
             return *zip(*after.seen[1:]), history["loss"], model.get_weights()
 
-        rehearse = mock.Mock()
-        with mock.patch.object(synchronizer.Synchronizer, "rehearse", rehearse):
+        warm_up = mock.Mock()
+        with mock.patch.object(synchronizer.Synchronizer, "warm_up", warm_up):
             without = fit()
-        rehearse.assert_called_once()
+        warm_up.assert_called_once()
         for got, expected in zip(tf.nest.flatten(fit()), tf.nest.flatten(without)):
             self.assertAllEqual(got, expected)
 

@@ -120,7 +120,7 @@ class RescaleTest(tf.test.TestCase, parameterized.TestCase):
             for path, values in slots.items():
                 if path.endswith("velocity"):
                     self.assertAllInRange(values, 0.0, 1e9)
-        self.assertEqual(sync.num_sick, 0)
+        self.assertEqual(sync.num_diverged, 0)
 
 
 class SecondMomentsTest(tf.test.TestCase, parameterized.TestCase):

@@ -111,7 +111,7 @@ def _fit(model, *callbacks, steps=_STEPS):
         "steps": count.steps,
         "loss": history["loss"],
         "num_syncs": sync.num_syncs,
-        "num_sick": sync.num_sick,
+        "num_diverged": sync.num_diverged,
         "weights": weights,
         "rates": rates,
     }
@@ -162,7 +162,7 @@ class StopTogetherTest(tf.test.TestCase, parameterized.TestCase):
                 self._check(pair, steps=case[-1])
         with self.subTest("NaN"):
             self._check(fits["nan"], steps=6)
-            self.assertEqual([fit["num_sick"] for fit in fits["nan"]], [1, 1])
+            self.assertEqual([fit["num_diverged"] for fit in fits["nan"]], [1, 1])
         with self.subTest("all NaN"):
             for fit in fits["all_nan"]:
                 self.assertEqual((fit["steps"], fit["num_syncs"]), (6, 1))

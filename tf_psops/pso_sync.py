@@ -19,7 +19,7 @@ from tf_psops.keras_hooks import (
 )
 from tf_psops.sync import alarms, divergence, synchronizer
 
-# What a worker wishes for the whole swarm, the strongest last.
+# What a worker votes for the whole swarm, the strongest last.
 _GO_ON, _STOP_ON_NAN, _STOP, _GO_AWAY = range(4)
 
 
@@ -135,10 +135,10 @@ class PSOSync(keras.callbacks.Callback):
             - "waiting_seconds", in which training stood still on this worker until the
               others had come (with a `delay`, until what travelled was there), and
               "working_seconds", the others that it took.
-        num_sick: How many times a particle was out of order at a synchronisation: its
-            loss or a weight was not finite, or it had moved a hundred times as far as
-            the others, to a larger loss. It is never a best, what it brings reaches no
-            other particle, and it goes on from what travelled, with fresh optimizer
+        num_diverged: How many times a particle was out of order at a synchronisation:
+            its loss or a weight was not finite, or it had moved a hundred times as far
+            as the others, to a larger loss. It is never a best, what it brings reaches
+            no other particle, and it goes on from what travelled, with fresh optimizer
             slots. Each case is logged as a warning.
 
     Once in a training a warning says what to do where all particles train on the same
@@ -237,7 +237,7 @@ class PSOSync(keras.callbacks.Callback):
         self._stop_vote = None
         self._stops_on_nan = False
         self._synchronized = None
-        self._rehearsed = False
+        self._warmed_up = False
         self._history = None  # That of the `fit` that goes on.
         self._first_step = 0
         self._steps = 0
@@ -258,8 +258,8 @@ class PSOSync(keras.callbacks.Callback):
         return self._synchronizer.num_syncs if self._synchronizer else 0
 
     @property
-    def num_sick(self):
-        return self._synchronizer.num_sick if self._synchronizer else 0
+    def num_diverged(self):
+        return self._synchronizer.num_diverged if self._synchronizer else 0
 
     @property
     def bytes_moved(self):
@@ -293,7 +293,7 @@ class PSOSync(keras.callbacks.Callback):
         if speaker and is_new:
             speaker.come_to_rest()
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
-        with self._meeting("the start of training"):
+        with self._barrier("the start of training"):
             self.model.distribute_strategy.check_same("the start of training", settings)
         if is_new:
             self._synchronized = compiled
@@ -307,15 +307,15 @@ class PSOSync(keras.callbacks.Callback):
                 delayed=self.delay > 0,
                 rescale_moments=self.optimizer_slots == "rescale",
             )
-            self._rehearsed = False
+            self._warmed_up = False
             self.model.make_train_function(force=True)
             swapped_weights.speak_for_swarm(self.model, self._synchronizer, PSOSync)
-        with self._meeting("the start of training"):
+        with self._barrier("the start of training"):
             self._synchronizer.begin(self._averages_callback())
             self._resume_state.begin(
                 self.model, self._synchronizer, self._steps_per_epoch(), self._resume
             )
-        group = self.model.distribute_strategy.group
+        group = self.model.distribute_strategy.peers
         self.members = group.members if group else (0,)
         self._may_admit = True
         self._history = self.model.history
@@ -364,11 +364,11 @@ class PSOSync(keras.callbacks.Callback):
             # The last execution of an epoch may hold fewer steps than `batch` says.
             self._steps = self._synchronizer.local_steps()
         self._steps_in_epoch = batch + 1
-        if self._steps > self._first_step and not self._rehearsed:
-            self._rehearsed = True
+        if self._steps > self._first_step and not self._warmed_up:
+            self._warmed_up = True
             self._synchronizer.find_state()
-            with self._meeting("the first local step"):
-                self._synchronizer.rehearse(take_mean=self._takes_mean())
+            with self._barrier("the first local step"):
+                self._synchronizer.warm_up(take_mean=self._takes_mean())
         under_way = self._synchronizer.is_under_way
         if under_way and self._steps >= self._synced_steps + self.delay:
             self._unless_all_diverged(self._finish)
@@ -398,7 +398,7 @@ class PSOSync(keras.callbacks.Callback):
         averaged = averaged and not self._diverged
         at_sync = not (averaged or self._diverged)
         self._resume_state.end(self._place() if at_sync else None)
-        with self._meeting("the end of training"):
+        with self._barrier("the end of training"):
             self._synchronizer.close(take_mean=averaged)
         self._history = None
         if self._summaries:
@@ -425,7 +425,7 @@ class PSOSync(keras.callbacks.Callback):
             for function in functions:
                 function()
         except divergence.AllDivergedError as error:
-            if error.wish < _STOP_ON_NAN:
+            if error.vote < _STOP_ON_NAN:
                 raise
             self._diverged = True
             self._synced_steps = self._steps
@@ -458,8 +458,8 @@ class PSOSync(keras.callbacks.Callback):
 
     def _start(self):
         start = time.perf_counter()
-        with self._meeting(f"synchronisation {self.num_syncs}"):
-            self._synchronizer.start(self._wish())
+        with self._barrier(f"synchronisation {self.num_syncs}"):
+            self._synchronizer.start(self._vote())
         self._synced_steps = self._steps
         self._start_epoch = self._epoch
         self._start_seconds = time.perf_counter() - start
@@ -467,9 +467,9 @@ class PSOSync(keras.callbacks.Callback):
 
     def _finish(self):
         start = time.perf_counter()
-        with self._meeting(f"synchronisation {self.num_syncs}"):
+        with self._barrier(f"synchronisation {self.num_syncs}"):
             self.fitness = self._synchronizer.finish()
-        if self._synchronizer.wish == _STOP:
+        if self._synchronizer.vote == _STOP:
             self._stop_vote.decide(True)
         sick = np.flatnonzero(np.isinf(self.fitness)).tolist()
         if sick:
@@ -481,7 +481,7 @@ class PSOSync(keras.callbacks.Callback):
             )
         self._note(time.perf_counter() - start + self._start_seconds)
         self._change_members()
-        leaves = self._synchronizer.wish == _GO_AWAY
+        leaves = self._synchronizer.vote == _GO_AWAY
         if self._is_elastic:  # The others go on.
             leaves = self._resume_state.preempted
         self._resume_state.note_sync(self._place(), leaves)
@@ -490,7 +490,7 @@ class PSOSync(keras.callbacks.Callback):
     def _note(self, seconds):
         """Logs the synchronisation that has ended, which took some seconds."""
         found = self._synchronizer.record
-        group = self.model.distribute_strategy.group
+        group = self.model.distribute_strategy.peers
         record = {
             "sync": self.num_syncs - 1,
             "step": self._synced_steps,
@@ -507,18 +507,19 @@ class PSOSync(keras.callbacks.Callback):
 
     @property
     def _is_elastic(self):
-        group = self.model.distribute_strategy.group
+        group = self.model.distribute_strategy.peers
         return group is not None and group.is_elastic
 
     def _change_members(self):
         """Lets a worker join that waits, and notes who is there."""
         if not self._is_elastic:
             return
-        group = self.model.distribute_strategy.group
+        group = self.model.distribute_strategy.peers
         before = self.members
         if group.candidate is not None and self._may_admit:
             self._synchronizer.tell_all_anew()
-            group.admit(lambda: self._resume_state.state(self._place()))
+            with self._barrier(f"synchronisation {self.num_syncs - 1}"):
+                group.admit(lambda: self._resume_state.state(self._place()))
         self.members = group.members
         if self._file_writers:
             self._file_writers.leave_to(group.is_chief)
@@ -536,17 +537,17 @@ class PSOSync(keras.callbacks.Callback):
 
     def on_epoch_end(self, epoch, logs=None):
         if self._is_elastic and logs is not None:
-            logs["num_workers"] = len(self.model.distribute_strategy.group.members)
+            logs["num_workers"] = len(self.model.distribute_strategy.peers.members)
 
-    def _wish(self):
+    def _vote(self):
         if self._resume_state.preempted and not self._is_elastic:
             return _GO_AWAY
         if self._stop_vote.wanted:
             return _STOP
         return _STOP_ON_NAN if self._stops_on_nan else _GO_ON
 
-    def _meeting(self, name):
-        return self.model.distribute_strategy.meeting(name)
+    def _barrier(self, name):
+        return self.model.distribute_strategy.barrier(name)
 
     def _own_settings(self):
         payload = self.payload_dtype and tf.as_dtype(self.payload_dtype).name

@@ -151,9 +151,9 @@ class SwarmStrategy(tf.distribute.Strategy):
         # one.
         self.num_fits = 0
         self.invitation = None
-        self.group = None
+        self.peers = None
         if len(workers) > 1:
-            self.group = group.shared(
+            self.peers = group.shared(
                 index,
                 workers,
                 min_workers,
@@ -170,7 +170,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         num_devices = len(self.extended.worker_devices)
         self.local_replicas_per_particle = num_devices if particle == "worker" else 1
         self.collectives = Collectives(
-            self.extended.worker_devices, self.group, self.local_replicas_per_particle
+            self.extended.worker_devices, self.peers, self.local_replicas_per_particle
         )
 
     @classmethod
@@ -244,10 +244,10 @@ class SwarmStrategy(tf.distribute.Strategy):
     @property
     def is_chief(self):
         """Tells whether this worker writes files: the lowest that is there."""
-        return self.group is None or self.group.is_chief
+        return self.peers is None or self.peers.is_chief
 
     @contextlib.contextmanager
-    def meeting(self, name):
+    def barrier(self, name):
         """Bounds the wait for the other workers in a `with` block that meets them.
 
         Another error than a lost or late worker's should arise in the block on all
@@ -261,11 +261,11 @@ class SwarmStrategy(tf.distribute.Strategy):
             TimeoutError: If not all workers came within `timeout` seconds.
             RuntimeError: If another worker failed or is gone.
         """
-        if self.group is None:
+        if self.peers is None:
             yield
             return
         try:
-            with self.group.meet(name, self.timeout):
+            with self.peers.barrier(name, self.timeout):
                 yield
         except Exception as error:
             own = not isinstance(error, tf.errors.OpError)
@@ -286,8 +286,8 @@ class SwarmStrategy(tf.distribute.Strategy):
         with super().scope() as strategy:
             yield strategy
         made = self.extended.take_new_variables()
-        if made and self.group:
-            with tf.init_scope(), self.meeting("the chief's values of new variables"):
+        if made and self.peers:
+            with tf.init_scope(), self.barrier("the chief's values of new variables"):
                 initial_values.share(self, made)
 
     def observe(self, model, observer):

@@ -269,9 +269,9 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if mean:
             local /= tf.cast(len(copies), local.dtype)
         strategy = self._container_strategy()
-        if strategy.group is None:
+        if strategy.peers is None:
             return local
-        with strategy.meeting("a metric of the whole swarm"):
+        with strategy.barrier("a metric of the whole swarm"):
             flat = strategy.collectives.reduce(tf.reshape(local, [-1]), mean)
         return tf.reshape(flat, local.shape)
 
@@ -281,9 +281,9 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         with tf.device(self.worker_devices[0]):
             local = tf.concat([tf.convert_to_tensor(copy) for copy in copies], axis)
         strategy = self._container_strategy()
-        if strategy.group is None:
+        if strategy.peers is None:
             return local
-        with strategy.meeting("a gathering of all replicas' values"):
+        with strategy.barrier("a gathering of all replicas' values"):
             return strategy.collectives.concat(local, axis)
 
     # Gradients: what one replica reduces reaches only that replica.
@@ -309,7 +309,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             return value
         if len(self.worker_devices) > 1:
             value = super()._replica_ctx_all_reduce(reduce_op, value, options)
-        if not (self._share_gradients and self._container_strategy().group):
+        if not (self._share_gradients and self._container_strategy().peers):
             return value
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
 
@@ -580,7 +580,7 @@ def join_failures():
     def fit_or_tell(self, *args, **kwargs):
         strategy = self.distribute_strategy
         is_swarm = isinstance(strategy.extended, SwarmExtended)
-        group = strategy.group if is_swarm else None
+        group = strategy.peers if is_swarm else None
         if group is None:
             return fit(self, *args, **kwargs)
         strategy.num_fits += 1

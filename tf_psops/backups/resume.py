@@ -65,7 +65,7 @@ class Resume:
         """
         self._model, self._synchronizer = model, synchronizer
         self._skipped_batches = None
-        group = model.distribute_strategy.group
+        group = model.distribute_strategy.peers
         if not (self._folder or (group and group.is_elastic)):
             return
         if self._folder:

@@ -1,4 +1,4 @@
-"""How one worker's wish to stop becomes the whole swarm's."""
+"""How one worker's vote to stop becomes the whole swarm's."""
 
 
 class StopVote:
@@ -43,5 +43,5 @@ class StopVote:
 
     def _end_epoch(self, epoch, logs=None):
         self._record(epoch, logs)
-        with self._model.distribute_strategy.meeting("the end of an epoch"):
+        with self._model.distribute_strategy.barrier("the end of an epoch"):
             self.decide(self._any_worker(self.wanted))

@@ -108,12 +108,12 @@ def _when_all_are_there(method, synchronizer):
     """
 
     @functools.wraps(method)
-    def meet(*args, **kwargs):
+    def wait_first(*args, **kwargs):
         if not tf.distribute.has_strategy() or tf.distribute.in_cross_replica_context():
-            synchronizer.meet()
+            synchronizer.barrier()
         return method(*args, **kwargs)
 
-    return meet
+    return wait_first
 
 
 def _then_rest(method, synchronizer):

@@ -12,12 +12,12 @@ class AllDivergedError(FloatingPointError):
     """No particle has a finite loss and finite weights.
 
     Attributes:
-        wish: The largest wish of all workers at this synchronisation.
+        vote: The largest vote of all workers at this synchronisation.
     """
 
-    def __init__(self, text, wish):
+    def __init__(self, text, vote):
         super().__init__(text)
-        self.wish = wish
+        self.vote = vote
 
 
 def have_diverged(fitness, distances):

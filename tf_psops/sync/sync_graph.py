@@ -41,16 +41,16 @@ class SyncGraph:
         self._particles.each(begin)
 
     @tf.function(autograph=False)
-    def report(self, wish):
+    def report(self, vote):
         """Returns a row of each local particle, and what they bring.
 
         A row, [6], has its fitness, NaN where it is unknown, score, steps, distance
         from the position that stands for the swarm, learning rate, and what its worker
-        wishes. Then come positions, offers, the rule's new states, and the state to be
+        votes. Then come positions, offers, the rule's new states, and the state to be
         averaged.
 
         Args:
-            wish: Scalar float64.
+            vote: Scalar float64.
         """
         particles = self._particles
         sums = particles.share(
@@ -82,7 +82,7 @@ class SyncGraph:
                 self._loss_tracker.steps(replica),
                 distance,
                 self._loss_tracker.learning_rate(replica),
-                wish,
+                vote,
             )
             row = tf.stack([tf.cast(value, tf.float64) for value in row])
             with tf.control_dependencies([row]):

@@ -15,7 +15,7 @@ from tf_psops.sync.reduction import Reduction
 from tf_psops.sync.sync_graph import SyncGraph
 
 # What a swarm has of its past besides the particles.
-_PROGRESS = ("num_syncs", "num_sick", "bytes_moved", "_sent")
+_PROGRESS = ("num_syncs", "num_diverged", "bytes_moved", "_sent")
 
 
 class Synchronizer:
@@ -67,8 +67,8 @@ class Synchronizer:
         self._apart = False
         self._is_state_known = False
         self._sent = None
-        self.wish = 0
-        self.num_sick = 0
+        self.vote = 0
+        self.num_diverged = 0
         self.num_syncs = 0
         self.bytes_moved = 0
         self.record = {}
@@ -189,7 +189,7 @@ class Synchronizer:
             shows_averages: A function that tells whether a callback has put moving
                 averages of the weights in their place, or `None` without one.
         """
-        self.num_sick = 0
+        self.num_diverged = 0
         self.come_to_rest()
         self._shows_averages = shows_averages
         self.find_state()
@@ -201,16 +201,16 @@ class Synchronizer:
         self.num_syncs = 0
         self.bytes_moved = 0
 
-    def rehearse(self, take_mean):
+    def warm_up(self, take_mean):
         """Synchronises and closes once alone, and takes it back: all is then compiled.
 
         Args:
             take_mean: See `close`.
         """
         with self._collectives.alone():
-            self._rehearse(take_mean)
+            self._warm_up(take_mean)
 
-    def _rehearse(self, take_mean):
+    def _warm_up(self, take_mean):
         variables = tf.nest.flatten(self._loss_tracker.variables)
         values = [variable.read_value() for variable in variables]
         rows, positions, offers, states, own = self._graph.report(
@@ -317,9 +317,9 @@ class Synchronizer:
     def _has_averages(self):
         return self._shows_averages is not None and self._shows_averages()
 
-    def synchronize(self, wish=0):
+    def synchronize(self, vote=0):
         """Moves all particles once; see `start` and `finish`."""
-        self.start(wish)
+        self.start(vote)
         return self.finish()
 
     @property
@@ -327,15 +327,15 @@ class Synchronizer:
         """Returns whether a synchronisation has been started and not finished."""
         return self._under_way is not None
 
-    def start(self, wish=0):
+    def start(self, vote=0):
         """Lets what the particles bring to a synchronisation travel.
 
         Args:
-            wish: A number that this worker tells the others. The largest of all is in
-                `wish` after `finish`.
+            vote: A number that this worker tells the others. The largest of all is in
+                `vote` after `finish`.
         """
         rows, positions, offers, states, own = self._graph.report(
-            tf.constant(wish, tf.float64)
+            tf.constant(vote, tf.float64)
         )
         moving = async_work.AsyncWork(
             functools.partial(self._travel, rows, offers, own),
@@ -357,7 +357,7 @@ class Synchronizer:
         start = time.perf_counter()
         table = self._collectives.tell(rows)
         waiting = time.perf_counter() - start
-        fitness, scores, steps, distances, rates, wishes = table.T
+        fitness, scores, steps, distances, rates, votes = table.T
         self._check_steps(steps)
         present = ~np.isnan(steps)
         unknown = np.isnan(fitness) & present
@@ -370,7 +370,7 @@ class Synchronizer:
                 "No particle has a finite training loss and finite weights at "
                 f"synchronisation {self.num_syncs}. Received the losses "
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients.",
-                int(wishes.max()),
+                int(np.nanmax(votes)),
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
@@ -391,8 +391,8 @@ class Synchronizer:
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
         numbers = fitness, rate, distances
-        wish = int(np.nanmax(wishes))
-        return numbers, unknown, news, wish, num_bytes, travelled, told
+        vote = int(np.nanmax(votes))
+        return numbers, unknown, news, vote, num_bytes, travelled, told
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -413,9 +413,9 @@ class Synchronizer:
         start = time.perf_counter()
         result = moving.result()
         waited = time.perf_counter() - start
-        numbers, unknown, self._sent, self.wish, num_bytes, travelled, told = result
+        numbers, unknown, self._sent, self.vote, num_bytes, travelled, told = result
         fitness = numbers[0]
-        self.num_sick += int(np.isinf(fitness).sum())
+        self.num_diverged += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
         finite, measures = self._graph.settle(
             tf.constant(np.where(np.isnan(fitness), np.inf, fitness)),
@@ -455,14 +455,14 @@ class Synchronizer:
         if self.is_under_way:
             self._under_way[1].result()
 
-    def meet(self):
+    def barrier(self):
         """Makes sure that, in training, all workers end an epoch or evaluate at once.
 
         Raises:
             RuntimeError: If another one is at a synchronisation or at another step.
         """
         if self._apart and self._strategy.num_workers > 1:
-            with self._strategy.meeting("the end of an epoch, or an evaluation"):
+            with self._strategy.barrier("the end of an epoch, or an evaluation"):
                 self._wait()
                 # Half a step more than at a synchronisation.
                 rows = [

@@ -28,7 +28,7 @@ class Equality:
         Raises:
             ValueError: If the occasion or a setting is not the same on all workers.
         """
-        if self._strategy.group is None or not self._others([occasion, settings]):
+        if self._strategy.peers is None or not self._others([occasion, settings]):
             return
         self._compare("what comes next", occasion)
         for setting, value in settings.items():
@@ -47,7 +47,7 @@ class Equality:
     def _others(self, value):
         """Returns the workers that have another value than the first one."""
         digest = hashlib.sha256(repr(value).encode()).digest()
-        table = self._strategy.group.gather(np.frombuffer(digest, np.uint8))
+        table = self._strategy.peers.gather(np.frombuffer(digest, np.uint8))
         told = {i: bytes(row) for i, row in enumerate(table) if row is not None}
         first = next(iter(told.values()))
         return [worker for worker, digest in told.items() if digest != first]

@@ -80,7 +80,7 @@ class Group:
         return self._error is not None
 
     @contextlib.contextmanager
-    def meet(self, occasion, timeout):
+    def barrier(self, occasion, timeout):
         """Names what the members meet for in a `with` block, and bounds the waits."""
         before = self.occasion, self._membership.timeout
         self.occasion, self._membership.timeout = occasion, timeout
@@ -515,6 +515,6 @@ def connect(
         group._take_links()
         members.begin(1, (index, *members.links))
         # All have the same links, or agree on who has them.
-        with group.meet("the start", startup_timeout):
+        with group.barrier("the start", startup_timeout):
             group.gather(np.zeros(0, np.uint8))
     return group

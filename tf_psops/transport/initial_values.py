@@ -21,7 +21,7 @@ def share(strategy, variables):
     Raises:
         ValueError: If the workers have made different variables.
     """
-    group, first = strategy.group, strategy.group.members[0]
+    group, first = strategy.peers, strategy.peers.members[0]
     described = [(v.name, tuple(v.shape), v.dtype.name) for v in variables]
     strategy.check_same("new variables", {"number of new variables": len(described)})
     _check_descriptions(strategy, described)
@@ -50,7 +50,7 @@ def _check_descriptions(strategy, described):
     """Raises an error that names the first variable that differs."""
     # Keras may number names differently.
     digests = [hashlib.sha256(repr(d[1:]).encode()).digest()[:8] for d in described]
-    told = strategy.group.gather(np.frombuffer(b"".join(digests), np.uint64))
+    told = strategy.peers.gather(np.frombuffer(b"".join(digests), np.uint64))
     rows = [row for row in told if row is not None]
     for number in np.flatnonzero(np.any([row != rows[0] for row in rows], axis=0)):
         name, shape, dtype = described[number]
