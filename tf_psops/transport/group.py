@@ -65,6 +65,11 @@ class Group:
         return self._membership.num_workers
 
     @property
+    def min_workers(self):
+        """Returns how many workers the swarm needs."""
+        return self._membership.min_workers
+
+    @property
     def members(self):
         """Returns the workers that are in the swarm, a sorted tuple."""
         return self._membership.members
@@ -445,21 +450,32 @@ def _share_length(size, num_shares):
     return -(-size // (num_shares * _ALIGNMENT)) * _ALIGNMENT
 
 
-def shared(index, addresses, *args, **kwargs):
+def shared(index, addresses, min_workers, *args, **kwargs):
     """Returns the group of this process' place in a cluster, one for all strategies.
 
     Args:
         index: See `connect`, and so for all others.
         addresses: See `connect`.
+        min_workers: See `connect`.
         *args: Further arguments of `connect`.
         **kwargs: Further arguments of `connect`.
+
+    Raises:
+        ValueError: If an earlier strategy of this process needs other `min_workers`.
     """
     place = index, tuple(addresses)
     if place in _groups and _groups[place].is_over:
         _groups.pop(place).close()
     if place not in _groups:
-        _groups[place] = connect(index, addresses, *args, **kwargs)
-    return _groups[place]
+        _groups[place] = connect(index, addresses, min_workers, *args, **kwargs)
+    there = _groups[place]
+    if there.min_workers != min_workers:
+        raise ValueError(
+            "The strategies of one process share its connections, and so one "
+            f"`min_workers`. Received: min_workers={min_workers}, after an earlier "
+            f"strategy with {there.min_workers}. Give both the same."
+        )
+    return there
 
 
 _groups = {}
