@@ -61,7 +61,9 @@ _NETWORKS = flags.DEFINE_list(
     "networks", ["loopback", "1gbit", "100mbit"], "loopback, or rates such as 100mbit."
 )
 _BATCH_SIZES = flags.DEFINE_list("batch_sizes", ["32"], "Examples per worker and step.")
-_STEPS = flags.DEFINE_integer("steps", 100, "Steps in each timed run.", lower_bound=1)
+_STEPS = flags.DEFINE_integer(
+    "timed_steps", 100, "Steps in each timed run.", lower_bound=1
+)
 
 cluster_flags.expect_numbers(_SYNC_INTERVALS, 1)
 cluster_flags.expect_numbers(_DELAYS, 0)

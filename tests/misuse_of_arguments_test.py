@@ -59,9 +59,13 @@ _ARGUMENTS = {
         lambda: _strategy(cluster_resolver="localhost:2222"),
         ValueError, "`cluster_resolver`", "ClusterResolver", "'localhost:2222'",
     ),
-    "communication_options": (
-        lambda: _strategy(communication_options="NCCL"),
-        ValueError, "`communication_options`", "CommunicationOptions", "'NCCL'",
+    "min_workers": (
+        lambda: _strategy(min_workers=2),
+        ValueError, "`min_workers`", "of the 1 workers", "min_workers=2",
+    ),
+    "tls": (
+        lambda: _strategy(tls="cert.pem"),
+        ValueError, "`tls`", "tf_psops.TLS", "'cert.pem'",
     ),
     "startup_timeout_0": (
         lambda: _strategy(startup_timeout=0),

@@ -52,7 +52,7 @@ class ScalingTest(absltest.TestCase):
             sync_intervals=["2"],
             delays=["0", "1", "2"],
             networks=networks,
-            steps=3,
+            timed_steps=3,
             repeats=1,
             output_json=path,
         ):

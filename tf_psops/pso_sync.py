@@ -190,12 +190,13 @@ class PSOSync(keras.callbacks.Callback):
         )
         rules.check_rule(rule)
         _checks.check(
-            non_trainable in ("average", "local"),
+            isinstance(non_trainable, str) and non_trainable in ("average", "local"),
             "'average' or 'local'",
             non_trainable=non_trainable,
         )
         _checks.check(
-            optimizer_slots in ("average", "local", "rescale"),
+            isinstance(optimizer_slots, str)
+            and optimizer_slots in ("average", "local", "rescale"),
             "'average', 'local' or 'rescale'",
             optimizer_slots=optimizer_slots,
         )

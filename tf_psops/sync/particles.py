@@ -316,6 +316,7 @@ class Particles:
             position = self.agreed_position(replica)
             self.remember(replica, self._rule.join(self.state(replica), position))
             self._show(replica, position)
+            self.heal(replica)
 
     def state(self, replica):
         """Returns what a particle's rule remembers."""
