@@ -530,6 +530,36 @@ class WhatUsersSetTest(_Case):
         for copy in own:
             self.assertAllEqual(copy, np.full([4, 3], 5.0))
 
+    @parameterized.product(
+        when=("on_test_batch_end", "on_epoch_end", "on_train_batch_end"),
+        moved=(False, True),
+    )
+    def test_what_is_set_after_the_last_synchronisation_stays(self, when, moved):
+        left = []
+        for strategy in None, self.strategy:
+            model = _made(
+                strategy,
+                lambda: Annealed(moved=moved),
+                lambda: keras.optimizers.SGD(0.0),
+            )
+            callback = keras.callbacks.Callback()
+
+            def count(*args, model=model, **kwargs):
+                model.beta.assign_add(1.0)
+                model.dense.bias.assign_add([1.0, 2.0, 3.0])
+
+            setattr(callback, when, count)
+            x, y = swarms.arrays(_STEPS)
+            sync = [tf_psops.PSOSync(2, _AVERAGE())] if strategy else []
+            model.fit(
+                x, y, batch_size=4, verbose=0, callbacks=[*sync, callback], epochs=2,
+                validation_data=(x, y),
+            )  # fmt: skip
+            left.append([model.beta.numpy(), model.dense.bias.numpy()])
+        self.assert_one_model([model.beta, model.dense.bias])
+        for plain, swarm in zip(*left):
+            self.assertAllClose(plain, swarm)
+
     def test_state_that_validation_moves_stays(self):
         class Counts(Annealed):
             def test_step(self, data):
@@ -548,15 +578,15 @@ class WhatUsersSetTest(_Case):
 
 
 class MadeOutsideTest(_Case):
-    def fit(self, *parts, x=None, y=None, **kwargs):
+    def fit(self, *parts, x=None, y=None, callback=None, **kwargs):
         with self.strategy.scope():
             model = keras.Sequential([*parts, layers.Dense(1)])
             model.compile("sgd", "mse", **kwargs)
         x = swarms.arrays(_STEPS)[0] if x is None else x
         y = np.ones([len(x), 1], "float32")
         model.fit(
-            x, y, batch_size=4, verbose=0, callbacks=[tf_psops.PSOSync(2)],
-            validation_data=(x, y),
+            x, y, batch_size=4, verbose=0, validation_data=(x, y),
+            callbacks=[tf_psops.PSOSync(2), *([callback] if callback else [])],
         )  # fmt: skip
         return model
 
@@ -585,8 +615,14 @@ class MadeOutsideTest(_Case):
         self.fit(keras.Input([1], dtype="string"), lookup, x=words)
 
     def test_a_weight_that_a_callback_sets(self):
-        model = self.fit(keras.Input([4]), layers.Dense(2))
-        self.assert_one_model(model.weights)
+        scale = layers.Rescaling(1.0)
+        scale.scale = tf.Variable(1.0, trainable=False)
+        set_scale = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: scale.scale.assign(3.0)
+        )
+        model = self.fit(keras.Input([4]), scale, callback=set_scale)
+        self.assertEqual(scale.scale.numpy(), 3.0)
+        self.assert_one_model(model.layers[-1].weights)
 
     @parameterized.parameters(
         (lambda: layers.BatchNormalization(center=False, scale=False), "moving_"),

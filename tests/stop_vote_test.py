@@ -11,6 +11,7 @@ import clusters
 import keras
 import numpy as np
 import pytest
+import swarms
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
@@ -192,6 +193,21 @@ class StopTogetherTest(tf.test.TestCase, parameterized.TestCase):
         self.assertTrue(np.isfinite(result["weights"]).all())
         self.assertTrue(np.isfinite(model.get_weights()[0]).all())
         self.assertEqual(result["num_syncs"], 4 // every - (every == 1))
+
+    @parameterized.parameters(0, 1)
+    def test_history_tells_of_the_loss_that_ended_training(self, delay):
+        model = swarms.swarm()
+        x, _ = swarms.arrays(_STEPS)
+        data = tf.data.Dataset.from_tensor_slices((x * np.inf, 0 * x[:, 0]))
+        sync = tf_psops.PSOSync(
+            2 if delay else 1, tf_psops.ParameterAverage(), delay=delay
+        )
+        stopper = keras.callbacks.TerminateOnNaN()
+        history = swarms.fit(
+            model, data.batch(2 * swarms.ROWS), stopper, sync, epochs=3
+        )
+        self.assertLen(history["loss"], 1)
+        self.assertFalse(np.isfinite(history["loss"][0]))
 
     def test_one_worker(self):
         model, sync = _swarm(tf_psops.SwarmStrategy.in_process(2))

@@ -285,6 +285,10 @@ class SwarmStrategy(tf.distribute.Strategy):
         """
         with super().scope() as strategy:
             yield strategy
+        self.share_new_variables()
+
+    def share_new_variables(self):
+        """Gives all workers the chief's values of what was made since the last call."""
         made = self.extended.take_new_variables()
         if made and self.peers:
             with tf.init_scope(), self.barrier("the chief's values of new variables"):
@@ -303,6 +307,9 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     def run(self, fn, args=(), kwargs=None, options=None):
         """Runs `fn` on every replica; see `tf.distribute.Strategy.run`."""
+        # Before they are trained: a scope that is still open shares what is made in it
+        # only when it ends.
+        self.share_new_variables()
         trained = None
         for model, observer in self._observers.items():
             # It may be of any sort of callable: a method, or a `tf.function`.

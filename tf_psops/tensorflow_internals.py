@@ -229,12 +229,16 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if synchronization is not tf.VariableSynchronization.ON_READ:
             kwargs["synchronization"] = tf.VariableSynchronization.ON_READ
             kwargs["aggregation"] = tf.VariableAggregation.ONLY_FIRST_REPLICA
-        variable = super()._create_variable(next_creator, **kwargs)
+        with _outside_of_graphs(kwargs):
+            variable = super()._create_variable(next_creator, **kwargs)
         # No argument of the base class says which class to take.
         variable.__class__ = SwarmVariable
         variable.watchers = weakref.WeakSet()
         self._new_variables.append(variable)
         self._made.append(weakref.ref(variable))
+        if tf.executing_eagerly() and not tf.distribute.in_cross_replica_context():
+            # Else the step that makes it would have trained it when the scope ends.
+            self._container_strategy().share_new_variables()
         return variable
 
     def take_new_variables(self):
@@ -660,6 +664,26 @@ def calling_list(callback):
         if isinstance(caller, keras.callbacks.CallbackList):
             return caller if callback in caller.callbacks else None
     return None
+
+
+@contextlib.contextmanager
+def _outside_of_graphs(arguments):
+    """Makes a variable have its value at once, also while a function is traced.
+
+    TensorFlow would set it when the function is first called, too late to be shared.
+
+    Args:
+        arguments: Those of the variable; a constant of the graph becomes an array.
+    """
+    value = arguments.get("initial_value")
+    if tf.is_tensor(value) and tf.is_symbolic_tensor(value):
+        value = tf.get_static_value(value)
+        if value is None:  # It is computed in the graph.
+            yield
+            return
+        arguments["initial_value"] = value
+    with tf.init_scope():
+        yield
 
 
 # What a model holds that is not its own: other models that share a layer, all variables

@@ -21,7 +21,7 @@ class LossTracker:
         model: The compiled `keras.Model` that was made in its scope.
 
     Attributes:
-        variables: A nest of all `tf.Variable`s that `close` changes.
+        variables: A nest of all `tf.Variable`s that a synchronisation changes.
     """
 
     def __init__(self, strategy, model):
@@ -94,7 +94,7 @@ class LossTracker:
     def begin(self, replica):
         """Begins a local replica's count and its first mean."""
         self._local[replica].assign(tf.zeros([5], tf.float64))
-        self.close(replica)
+        self.leave_out_nan(replica)
 
     def sums(self, replica):
         """Returns the variable that a local replica's count and mean are in."""
@@ -125,8 +125,13 @@ class LossTracker:
     def close(self, replica):
         """Begins a local replica's next mean."""
         self._local[replica][1:].assign(tf.zeros([4], tf.float64))
-        # A NaN would stay in Keras' own sum, and so in all that is told from it, to
-        # the end of the epoch, though the particle may be in good health from here.
+
+    def leave_out_nan(self, replica):
+        """Takes what is not finite out of Keras' sums of a local replica.
+
+        It would stay in all that is told from them to the end of the epoch, though the
+        particle is put back into good health.
+        """
         for total, count in self._keras_sums:
             sound = tf.math.is_finite(total[replica])
             for variable in count[replica], total[replica]:

@@ -152,32 +152,30 @@ class Particles:
                 results.append(function(replica))
         return results
 
-    def digests(self):
-        """Returns for each of them a number for each state that training leaves alone.
+    def that_may_differ(self, everything):
+        """Returns variables that may differ between workers when training closes.
+
+        Args:
+            everything: Whether any of them may, and not only what training leaves
+                alone.
+        """
+        if everything:
+            return [*self._model_state.weights, *self._model_state.state]
+        return self._still
+
+    def digests(self, variables):
+        """Returns for each replica a number for each of some variables.
 
         They are equal where all of the values are.
         """
-        still = list(map(self._copies, self._still))
+        copies = list(map(self._copies, variables))
         return [
-            np.array([_digest(copies[replica]) for copies in still], float)
+            np.array([_digest(own[replica]) for own in copies], float)
             for replica in range(len(self._devices))
         ]
 
-    def pack_still(self, chosen):
-        """Returns some of that state as one vector for each of them.
-
-        Args:
-            chosen: A bool for each number of `digests`.
-        """
-        return self.each(self._chosen(chosen).pack)
-
-    def unpack_still(self, chosen, vectors):
-        """Gives each of them such a vector."""
-        flat = self._chosen(chosen)
-        self.each(lambda replica: flat.unpack(replica, vectors[replica]))
-
-    def _chosen(self, chosen):
-        variables = [v for v, is_chosen in zip(self._still, chosen) if is_chosen]
+    def flat(self, variables):
+        """Returns a `Flattening` of some variables."""
         return flattening.Flattening(self._strategy, variables, self.dtype)
 
     def _copies(self, variable):
@@ -263,6 +261,15 @@ class Particles:
         self._set[id(variable)] = variable, values
         if self._set_while_shown is not None:
             self._set_while_shown[id(variable)] = variable, values
+
+    def assign_set(self):
+        """Sets again what user code has set since the last synchronisation.
+
+        Returns:
+            Whether there was anything.
+        """
+        self._assign(self._set)
+        return bool(self._set)
 
     def forget_set(self):
         """Forgets what was set before now."""

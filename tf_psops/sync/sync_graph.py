@@ -153,6 +153,7 @@ class SyncGraph:
             if self._delayed:
                 now = particles.averaged.pack(replica)
                 gone = way(replica, particles.averaged, own[replica])
+            self._loss_tracker.leave_out_nan(replica)
             particles.agree(replica, vectors[replica], averaged[replica])
             if self._delayed:
                 moved = averaged[replica] + gone

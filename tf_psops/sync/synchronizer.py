@@ -255,21 +255,28 @@ class Synchronizer:
             self._show_agreed()
             self._end_training()
 
-    def _average_what_differs(self):
-        """Averages state that the training step does not move, but something else did.
+    def _average_what_differs(self, everything):
+        """Averages what the training step does not move, but something else did.
 
         Callbacks do, which on each worker see the weights of its first particle.
+
+        Args:
+            everything: Whether they have set what training moves, too.
         """
-        digests = self._particles.digests()
-        if digests[0].size:
-            table = self._collectives.tell(digests)
-            present = ~np.isnan(table[:, 0])
-            differs = (table[present] != table[present][0]).any(axis=0)
-            if differs.any():
-                means = self._collectives.mean(
-                    self._particles.pack_still(differs), tf.constant(present)
-                )
-                self._particles.unpack_still(differs, means)
+        variables = self._particles.that_may_differ(everything)
+        if not variables:
+            return
+        table = self._collectives.tell(self._particles.digests(variables))
+        present = ~np.isnan(table[:, 0])
+        differs = (table[present] != table[present][0]).any(axis=0)
+        if differs.any():
+            flat = self._particles.flat(
+                [v for v, is_chosen in zip(variables, differs) if is_chosen]
+            )
+            means = self._collectives.mean(
+                self._particles.each(flat.pack), tf.constant(present)
+            )
+            self._particles.each(lambda replica: flat.unpack(replica, means[replica]))
 
     def _end_training(self):
         self._apart = False
@@ -283,7 +290,9 @@ class Synchronizer:
                 weights that are moving averages, and not what the rule agreed on.
         """
         finite = self._graph.close(take_mean)
-        self._average_what_differs()
+        # After the last synchronisation, as in a last validation.
+        was_set = not take_mean and self._particles.assign_set()
+        self._average_what_differs(self.any_worker(was_set))
         self._end_training()
         self._check_finite(finite, "agreed")
         if take_mean:
