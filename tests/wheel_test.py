@@ -62,6 +62,9 @@ class WheelTest(absltest.TestCase):
         ]
         self.assertCountEqual([n for n in names if n.endswith(".py")], modules)
 
+    def test_says_that_it_has_type_hints(self):
+        self.assertIn("tf_psops/py.typed", zipfile.ZipFile(self.wheel).namelist())
+
     def test_trains_on_two_workers(self):
         train = ["-m", "trainers.train", "--model=mlp", "--epochs=1"]
         output = _run(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tf_psops.version import __version__
 
 if TYPE_CHECKING:
+    from tf_psops import cluster, heartbeat, pso_sync, rules, strategy
     from tf_psops.pso_sync import PSOSync
     from tf_psops.rules import (
         CentroidSwarm,
@@ -44,16 +45,18 @@ _MODULES = ("cluster", "heartbeat", "pso_sync", "rules", "strategy")
 __all__ = [*_HOMES, "__version__"]
 
 
-def __getattr__(name: str) -> Any:
-    """Imports a public name, or a module, when it is first asked for."""
-    if name in _HOMES:
-        value = getattr(importlib.import_module(f"tf_psops.{_HOMES[name]}"), name)
-    elif name in _MODULES:
-        value = importlib.import_module(f"tf_psops.{name}")
-    else:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    globals()[name] = value
-    return value
+if not TYPE_CHECKING:  # To which any name would then be one of this module.
+
+    def __getattr__(name: str) -> Any:
+        """Imports a public name, or a module, when it is first asked for."""
+        if name in _HOMES:
+            value = getattr(importlib.import_module(f"tf_psops.{_HOMES[name]}"), name)
+        elif name in _MODULES:
+            value = importlib.import_module(f"tf_psops.{name}")
+        else:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        globals()[name] = value
+        return value
 
 
 def __dir__() -> list[str]:

@@ -4,7 +4,7 @@ import numbers
 from typing import Any
 
 
-def check(good: bool, expected: str, **argument: Any):
+def check(good: bool, expected: str, **argument: Any) -> None:
     """Raises a `ValueError` that names the argument and its value, unless good.
 
     Args:

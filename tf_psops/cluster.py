@@ -40,7 +40,7 @@ class Cluster(NamedTuple):
     """
 
     workers: tuple[str, ...]
-    index: int
+    index: int  # type: ignore[assignment]  # A tuple has a method of that name.
 
     @property
     def is_chief(self) -> bool:

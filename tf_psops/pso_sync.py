@@ -2,6 +2,7 @@
 
 import os
 import time
+from typing import Any, Literal
 
 import keras
 import numpy as np
@@ -172,15 +173,15 @@ class PSOSync(keras.callbacks.Callback):
 
     def __init__(
         self,
-        sync_every,
-        rule=None,
-        non_trainable="average",
-        optimizer_slots="local",
-        payload_dtype=None,
-        delay=0,
-        backup_dir=None,
-        backup_every=10,
-        elastic=False,
+        sync_every: int,
+        rule: rules.Rule | None = None,
+        non_trainable: Literal["average", "local"] = "average",
+        optimizer_slots: Literal["average", "local", "rescale"] = "local",
+        payload_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        delay: int = 0,
+        backup_dir: str | os.PathLike[str] | None = None,
+        backup_every: int = 10,
+        elastic: bool = False,
     ):
         super().__init__()
         rule = rules.CentroidSwarm() if rule is None else rule
@@ -230,9 +231,9 @@ class PSOSync(keras.callbacks.Callback):
         self.non_trainable = non_trainable
         self.optimizer_slots = optimizer_slots
         self.sync_seconds = 0.0
-        self.fitness = None
-        self.log = []
-        self.members = (0,)
+        self.fitness: np.ndarray | None = None
+        self.log: list[dict[str, Any]] = []
+        self.members: tuple[int, ...] = (0,)
         self._may_admit = True
         self._synchronizer = None
         self._stop_vote = None
@@ -255,15 +256,15 @@ class PSOSync(keras.callbacks.Callback):
         self._start_epoch = 0
 
     @property
-    def num_syncs(self):
+    def num_syncs(self) -> int:
         return self._synchronizer.num_syncs if self._synchronizer else 0
 
     @property
-    def num_diverged(self):
+    def num_diverged(self) -> int:
         return self._synchronizer.num_diverged if self._synchronizer else 0
 
     @property
-    def bytes_moved(self):
+    def bytes_moved(self) -> int:
         return self._synchronizer.bytes_moved if self._synchronizer else 0
 
     def set_model(self, model):

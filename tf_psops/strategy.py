@@ -3,7 +3,10 @@
 import contextlib
 import os
 import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, Literal
 
+import keras
 import tensorflow as tf
 from absl import logging
 
@@ -90,14 +93,14 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     def __init__(
         self,
-        devices=None,
-        cluster_resolver=None,
-        startup_timeout=300.0,
-        share_gradients=False,
-        timeout=1800.0,
-        min_workers=None,
-        tls=None,
-        particle="device",
+        devices: Sequence[str] | None = None,
+        cluster_resolver: tf.distribute.cluster_resolver.ClusterResolver | None = None,
+        startup_timeout: float = 300.0,
+        share_gradients: bool = False,
+        timeout: float = 1800.0,
+        min_workers: int | None = None,
+        tls: tls_lib.TLS | None = None,
+        particle: Literal["device", "worker"] = "device",
     ):
         _check_devices(devices)
         _checks.check(
@@ -138,8 +141,12 @@ class SwarmStrategy(tf.distribute.Strategy):
             )
         workers, index = found or ((None,), 0)
         min_workers = _check_min_workers(min_workers, len(workers))
-        self._observers = weakref.WeakKeyDictionary()
-        self._written = weakref.WeakKeyDictionary()
+        self._observers: weakref.WeakKeyDictionary[keras.Model, Any] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._written: weakref.WeakKeyDictionary[keras.Model, Any] = (
+            weakref.WeakKeyDictionary()
+        )
         super().__init__(
             tensorflow_internals.SwarmExtended(
                 self, devices, cluster_resolver, len(workers), index, share_gradients
@@ -174,7 +181,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         )
 
     @classmethod
-    def in_process(cls, num_particles, **kwargs):
+    def in_process(cls, num_particles: int, **kwargs: Any) -> "SwarmStrategy":
         """Makes a swarm of particles inside this process, on logical CPU devices.
 
         It must come before anything else initialises TensorFlow's devices, unless
@@ -219,17 +226,17 @@ class SwarmStrategy(tf.distribute.Strategy):
         return cls(devices=[f"CPU:{i}" for i in range(num_particles)], **kwargs)
 
     @property
-    def num_workers(self):
+    def num_workers(self) -> int:
         """Returns the number of worker processes, 1 for a swarm in one process."""
         return self.extended.num_workers
 
     @property
-    def worker_index(self):
+    def worker_index(self) -> int:
         """Returns this worker's place in the cluster; the chief has 0."""
         return self.extended.worker_index
 
     @property
-    def num_replicas_in_sync(self):
+    def num_replicas_in_sync(self) -> int:
         """Returns the number of particles; inside `run`, of those that share gradients.
 
         Inside a replica Keras divides the loss by it, to sum the gradients over as many
@@ -242,12 +249,12 @@ class SwarmStrategy(tf.distribute.Strategy):
         return super().num_replicas_in_sync
 
     @property
-    def is_chief(self):
+    def is_chief(self) -> bool:
         """Tells whether this worker writes files: the lowest that is there."""
         return self.peers is None or self.peers.is_chief
 
     @contextlib.contextmanager
-    def barrier(self, name):
+    def barrier(self, name: str) -> Iterator[None]:
         """Bounds the wait for the other workers in a `with` block that meets them.
 
         Another error than a lost or late worker's should arise in the block on all
@@ -273,12 +280,12 @@ class SwarmStrategy(tf.distribute.Strategy):
                 tensorflow_internals.known_to_all(error)
             raise
 
-    def check_same(self, occasion, settings):
+    def check_same(self, occasion: str, settings: Mapping[str, Any]) -> None:
         """Raises an error unless all workers agree; see `equality.Equality.check`."""
         self._equality.check(occasion, settings)
 
     @contextlib.contextmanager
-    def scope(self):
+    def scope(self) -> Iterator["SwarmStrategy"]:
         """Makes this strategy the current one; see `tf.distribute.Strategy.scope`.
 
         When it ends, all workers have the chief's values of the variables made in it.
@@ -287,14 +294,18 @@ class SwarmStrategy(tf.distribute.Strategy):
             yield strategy
         self.share_new_variables()
 
-    def share_new_variables(self):
+    def share_new_variables(self) -> None:
         """Gives all workers the chief's values of what was made since the last call."""
         made = self.extended.take_new_variables()
         if made and self.peers:
             with tf.init_scope(), self.barrier("the chief's values of new variables"):
                 initial_values.share(self, made)
 
-    def observe(self, model, observer):
+    def observe(
+        self,
+        model: keras.Model,
+        observer: Callable[[Callable[..., Any]], Callable[..., Any]] | None,
+    ) -> None:
         """Wraps a model's training step on every replica.
 
         Args:
@@ -305,7 +316,13 @@ class SwarmStrategy(tf.distribute.Strategy):
         """
         self._observers[model] = observer
 
-    def run(self, fn, args=(), kwargs=None, options=None):
+    def run(
+        self,
+        fn: Callable[..., Any],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+        options: tf.distribute.RunOptions | None = None,
+    ) -> Any:
         """Runs `fn` on every replica; see `tf.distribute.Strategy.run`."""
         # Before they are trained: a scope that is still open shares what is made in it
         # only when it ends.
@@ -329,7 +346,7 @@ class SwarmStrategy(tf.distribute.Strategy):
             handles = tensorflow_internals.written_handles(graph)
             self._written[model].update((id(handle), handle) for handle in handles)
 
-    def is_written(self, model, variable):
+    def is_written(self, model: keras.Model, variable: tf.Variable) -> bool | None:
         """Tells whether a model's training step writes a variable.
 
         Args:
@@ -346,7 +363,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         copies = getattr(variable, "values", None) or [variable]
         return any(id(copy.handle) in written for copy in copies)
 
-    def reduce(self, reduce_op, value, axis):
+    def reduce(self, reduce_op: Any, value: Any, axis: int | None) -> Any:
         """Reduces a value over all replicas; see `tf.distribute.Strategy.reduce`.
 
         A nest, which the base class refuses, is a batch of which Keras wants to

@@ -12,7 +12,7 @@ x position, v velocity, p personal best, g global best, w inertia, c1 cognitive,
 c2 social, and r1, r2 random factors from U(0, 1).
 """
 
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import tensorflow as tf
 
@@ -70,7 +70,7 @@ class ParticleSwarm(Rule):
         inertia: float = 0.3,
         cognitive: float = 0.5,
         social: float = 0.5,
-        take: str = "own",
+        take: Literal["own", "global_best"] = "own",
         seed: int = 0,
     ):
         good = _checks.is_real(inertia) and 0 <= inertia < 1

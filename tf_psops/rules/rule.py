@@ -10,7 +10,7 @@ float vector of P elements. At a synchronisation
   3. every particle moves by what it learnt, which it gets as `News`.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import tensorflow as tf
 
@@ -81,10 +81,10 @@ class Rule:
     ```
     """
 
-    exchange = "mean"
+    exchange: Literal["best", "mean"] = "mean"
     """Which vector travels: "best" or "mean"."""
 
-    needs_fitness = True
+    needs_fitness: bool = True
     """Whether it uses the fitness: if not, training may have a loss that is unknown."""
 
     def init(self, position: tf.Tensor) -> Any:

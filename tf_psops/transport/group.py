@@ -478,7 +478,7 @@ def shared(index, addresses, min_workers, *args, **kwargs):
     return there
 
 
-_groups = {}
+_groups: dict[object, "Group"] = {}
 
 
 def connect(

@@ -25,7 +25,7 @@ class TLS(NamedTuple):
     key: str
     authority: str
 
-    def context(self, purpose):
+    def context(self, purpose: ssl.Purpose) -> ssl.SSLContext:
         """Returns an `ssl.SSLContext` that asks the other side for a certificate, too.
 
         Args:
