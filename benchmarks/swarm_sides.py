@@ -20,14 +20,15 @@ _RULES = {
 }
 
 
-def make(names, shapes, links):
+def make(names, shapes, links, encrypted=False):
     """Makes this worker's part of some sides.
 
     Args:
         names: Names of the sides: "psops", "psops_broadcast", "psops_all_reduce",
-            each also with "/float16".
+            each also with "/float16" or "/tls".
         shapes: The shapes of the model's weights, all of them [size, size].
         links: A `benchmarks.sync_step.Links`.
+        encrypted: Whether all of them use TLS. Defaults to `False`.
 
     Returns:
         A dict of each name to its side. A side has `prepare(value, loss)`, which
@@ -39,13 +40,16 @@ def make(names, shapes, links):
     os.environ["TF_CONFIG"] = json.dumps({"cluster": cluster, "task": task})
 
     strategy = tf_psops.SwarmStrategy(
-        startup_timeout=links.timeout, timeout=links.timeout
+        startup_timeout=links.timeout,
+        timeout=links.timeout,
+        tls=tf_psops.TLS(*links.certificates) if encrypted else None,
     )
     model = _make_model(strategy, shapes)
     sides = {}
     for name in names:
-        rule, _, payload = name.partition("/")
-        sides[name] = _Swarm(strategy, model, _RULES[rule](), payload or None)
+        rule, _, wire = name.partition("/")
+        payload = None if encrypted else wire or None
+        sides[name] = _Swarm(strategy, model, _RULES[rule](), payload)
     return sides
 
 

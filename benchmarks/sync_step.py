@@ -12,7 +12,7 @@ meanwhile:
   * psops: the whole synchronisation of `PSOSync` with its default rule;
     psops_broadcast: with `ParticleSwarm(take="global_best")`, where each time another
     particle has found a better best; psops_all_reduce: with `ParameterAverage`; each
-    also with float16 on the wire.
+    also with float16 on the wire, and with TLS.
   * ring_all_reduce: `ReplicaContext.all_reduce` of every variable under TensorFlow's
     `MultiWorkerMirroredStrategy`, whose ring goes over gRPC.
   * all_gather: `ReplicaContext.all_gather` of every variable under the same strategy,
@@ -36,9 +36,11 @@ import itertools
 import math
 import socket
 import statistics
+import tempfile
 import time
 from typing import NamedTuple
 
+import trustme
 from absl import app, flags, logging
 
 from benchmarks import cluster_flags, common_flags, processes
@@ -49,6 +51,13 @@ def _make_swarm_sides(*args):
     from benchmarks import swarm_sides
 
     return swarm_sides.make(*args)
+
+
+# Of workers of their own, as all connections of a strategy are encrypted or none.
+def _make_encrypted_sides(*args):
+    from benchmarks import swarm_sides
+
+    return swarm_sides.make(*args, encrypted=True)
 
 
 def _make_peer_sides(*args):
@@ -65,8 +74,10 @@ def _make_stock_sides(*args):
 
 _SWARM_SIDES = ("psops", "psops_broadcast", "psops_all_reduce")
 _ROUNDED_SIDES = tuple(f"{side}/float16" for side in _SWARM_SIDES)
+_ENCRYPTED_SIDES = tuple(f"{side}/tls" for side in _SWARM_SIDES)
 _FAMILIES = {
     _make_swarm_sides: (*_SWARM_SIDES, *_ROUNDED_SIDES),
+    _make_encrypted_sides: _ENCRYPTED_SIDES,
     _make_stock_sides: ("ring_all_reduce", "all_gather"),
     _make_peer_sides: ("gloo_averager", "gloo_broadcast", "tcp"),
 }
@@ -126,12 +137,15 @@ class Links(NamedTuple):
         sockets: Connected TCP sockets: the first worker's to each of the others, or
             another worker's to the first.
         timeout: Seconds after which a wait for another worker fails.
+        certificates: Paths of its certificate, its key and the authority, as in
+            `tf_psops.TLS`.
     """
 
     rank: int
     addresses: list[str]
     sockets: list[socket.socket]
     timeout: float
+    certificates: tuple[str, str, str]
 
 
 class Round(NamedTuple):
@@ -181,11 +195,14 @@ def cluster(params, num_workers, sides):
     size = _SIDE_UNIT * round(math.sqrt(params / _MIN_PARAMS))
     shapes = [(size, size)] * _NUM_TENSORS
     with contextlib.ExitStack() as stack:
+        certificates = _certificates(
+            num_workers, stack.enter_context(tempfile.TemporaryDirectory())
+        )
         families = {}
         for make, members in _FAMILIES.items():
             names = [side for side in sides if side in members]
             if names:
-                links = _links(num_workers)
+                links = _links(certificates)
                 family = processes.Processes(
                     _serve, [(make, names, shapes, link) for link in links]
                 )
@@ -219,8 +236,8 @@ def measure(params, num_workers, sides=SIDES, repeats=9):
         repeats: Timed rounds of each side, alternating. Defaults to 9.
 
     Returns:
-        A list of dicts, one for each side: "side", "params", "workers", "payload"
-        (the type on the wire), "median_ms", "min_ms" and "max_ms".
+        A list of dicts, one for each side: "side", "params", "workers", "wire"
+        (a type, or "tls"), "median_ms", "min_ms" and "max_ms".
     """
     times = collections.defaultdict(list)
     with cluster(params, num_workers, sides) as run:
@@ -232,7 +249,7 @@ def measure(params, num_workers, sides=SIDES, repeats=9):
             "side": side.partition("/")[0],
             "params": params,
             "workers": num_workers,
-            "payload": side.partition("/")[2] or "float32",
+            "wire": side.partition("/")[2] or "float32",
             "median_ms": statistics.median(values[_WARM_UP_ROUNDS:]),
             "min_ms": min(values[_WARM_UP_ROUNDS:]),
             "max_ms": max(values[_WARM_UP_ROUNDS:]),
@@ -254,9 +271,9 @@ def table(records):
         line = f"{_name(record):24}" + "".join(
             f" {record[key]:9.2f}" for key in ("median_ms", "min_ms", "max_ms")
         )
-        exact = record["payload"] == "float32"
+        exact = record["wire"] == "float32"
         for rival in _RIVALS:
-            # Of a rounded side only what rounding brings it.
+            # Of another wire only what it brings, or costs.
             other = record["side"] if rival == "float32" else rival
             if other not in medians or exact == (rival == "float32"):
                 line += " " * 18
@@ -270,12 +287,27 @@ def table(records):
 
 
 def _name(record):
-    payload = record["payload"]
-    return record["side"] + (f"/{payload}" if payload != "float32" else "")
+    wire = record["wire"]
+    return record["side"] + (f"/{wire}" if wire != "float32" else "")
 
 
-def _links(num_workers):
+def _certificates(num_workers, folder):
+    """Writes a certificate of one authority for each worker, and returns the paths."""
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(f"{folder}/authority.pem")
+    paths = []
+    for rank in range(num_workers):
+        certificate, key = f"{folder}/{rank}.pem", f"{folder}/{rank}.key"
+        own = authority.issue_cert("127.0.0.1")
+        own.cert_chain_pems[0].write_to_path(certificate)
+        own.private_key_pem.write_to_path(key)
+        paths.append((certificate, key, f"{folder}/authority.pem"))
+    return paths
+
+
+def _links(certificates):
     """Returns the `Links` of each worker, on loopback."""
+    num_workers = len(certificates)
     with contextlib.ExitStack() as stack:
         # All stay open until the last is bound, so that no port comes twice.
         listeners = [
@@ -288,7 +320,8 @@ def _links(num_workers):
     addresses = [f"{host}:{port}" for host, port in places]
     sockets = [first, *([other] for other in theirs)]
     return [
-        Links(rank, addresses, s, processes.SECONDS) for rank, s in enumerate(sockets)
+        Links(rank, addresses, sockets[rank], processes.SECONDS, own)
+        for rank, own in enumerate(certificates)
     ]
 
 

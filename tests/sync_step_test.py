@@ -29,7 +29,7 @@ def _record(side, milliseconds):
         "side": side,
         "params": 10_000_000,
         "workers": 2,
-        "payload": "float32",
+        "wire": "float32",
         **dict.fromkeys(("median_ms", "min_ms", "max_ms"), milliseconds),
     }
 
@@ -64,21 +64,21 @@ class SyncStepTest(absltest.TestCase):
         self.assertEqual(list(map(sync_step._name, records)), sides)
         for record in records:
             self.assertEqual(record, {**record, "params": 1000, "workers": 2})
-            self.assertIn(record["payload"], ("float32", "float16"))
+            self.assertIn(record["wire"], ("float32", "float16", "tls"))
             self.assertGreater(record["min_ms"], 0)
             self.assertGreaterEqual(record["median_ms"], record["min_ms"])
             self.assertGreaterEqual(record["max_ms"], record["median_ms"])
         num_rounds = sync_step._WARM_UP_ROUNDS + 2
         self.assertLen(rounds, num_rounds * len(sides))
         for (side, number), result in rounds.items():
-            side, _, rounded = side.partition("/")
+            side, _, wire = side.partition("/")
             if side == "psops":  # It moves past the mean by its velocity.
                 continue
             if side in ("psops_broadcast", "all_gather", "gloo_broadcast"):
                 expected = 1 + number % 2
             else:
                 expected = 1 if side == "tcp" else 1.5
-            error = 2e-3 if rounded else 0
+            error = 2e-3 if wire == "float16" else 0
             np.testing.assert_allclose(
                 result[1:], expected, rtol=0, atol=error, err_msg=str((side, number))
             )
@@ -115,7 +115,7 @@ class SyncStepTest(absltest.TestCase):
     def test_table_shows_ratios_and_goals(self):
         sides = {"psops_broadcast": 4.0, "gloo_averager": 5.0, "all_gather": 16.0}
         records = [_record(*item) for item in sides.items()]
-        records.append({**_record("psops_broadcast", 3.0), "payload": "float16"})
+        records.append({**_record("psops_broadcast", 3.0), "wire": "float16"})
         text = sync_step.table(records)
         self.assertRegex(
             text,
