@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver, parameterized
 
 import tf_psops
-from trainers import compare, comparison, datasets, report
+from trainers import compare, comparison, comparison_report, datasets
 
 _SETTINGS = {
     "dataset": "digits",
@@ -196,7 +196,9 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
 
 class CostsTest(tf.test.TestCase):
     def test_table_by_hand(self):
-        table = report.costs([_record("pso", 10, 0, 0.9), _record("local", 0, 0, 0.9)])
+        table = comparison_report.costs(
+            [_record("pso", 10, 0, 0.9), _record("local", 0, 0, 0.9)]
+        )
         self.assertIn("| method | full, n=10 |", table)
         self.assertIn("| pso | 0.0 MB, 25 % |", table)
         self.assertIn("| local | 0.0 MB |", table)
@@ -225,7 +227,7 @@ class ReportTest(tf.test.TestCase):
     def test_plots_tell_the_variants_of_a_method_apart(self):
         methods = ["pso", "pso(inertia=0)", "pso(inertia=0.9)", "average"]
         records = [_record(method, 10, 0, 0.9) for method in methods]
-        styles = report._styles(records)
+        styles = comparison_report._styles(records)
         self.assertCountEqual(styles, methods)
         self.assertLen({style["marker"] for style in styles.values()}, 4)
 
@@ -236,7 +238,7 @@ class ReportTest(tf.test.TestCase):
             _record("pso", 10, 0, 0.93),
             _record("pso", 10, 1, 0.93),
         ]
-        table = report.markdown(records)
+        table = comparison_report.markdown(records)
         # Of .90 and .92 the standard deviation is sqrt(2) points, the error 1.
         self.assertIn("| average | 91.00 ± 1.00 |", table)
         self.assertIn("| pso | **93.00 ± 0.00** |", table)
@@ -249,7 +251,7 @@ class ReportTest(tf.test.TestCase):
             for method, runs in {"average": (3.5, 3.6), "pso": (3.4, 3.54)}.items()
             for seed, bits in enumerate(runs)
         ]
-        table = report.markdown(records)
+        table = comparison_report.markdown(records)
         self.assertStartsWith(table, "Test bits per byte (lower is better), mean")
         self.assertIn("| average | 3.550 ± 0.050 |", table)
         self.assertIn("| pso | **3.470 ± 0.070** |", table)
@@ -273,7 +275,7 @@ class ReportTest(tf.test.TestCase):
 
     def test_one_seed_has_no_standard_error(self):
         records = [_record("average", 10, 0, 0.90), _record("pso", 10, 0, 0.93)]
-        table = report.markdown(records)
+        table = comparison_report.markdown(records)
         self.assertIn("| average | 90.00 |", table)
         self.assertIn("| pso | **93.00** |", table)
         self.assertIn("| pso | +3.00 | +3.00 |", table)

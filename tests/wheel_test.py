@@ -65,6 +65,10 @@ class WheelTest(absltest.TestCase):
     def test_says_that_it_has_type_hints(self):
         self.assertIn("tf_psops/py.typed", zipfile.ZipFile(self.wheel).namelist())
 
+    def test_has_the_template_of_reports(self):
+        names = zipfile.ZipFile(self.wheel).namelist()
+        self.assertIn("trainers/templates/report.html", names)
+
     def test_trains_on_two_workers(self):
         train = ["-m", "trainers.train", "--model=mlp", "--epochs=1"]
         output = _run(

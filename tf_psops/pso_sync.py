@@ -503,7 +503,8 @@ class PSOSync(keras.callbacks.Callback):
             "working_seconds": max(seconds - found["waiting_seconds"], 0.0),
         }
         self.log.append(record)
-        self._alarms.check(record)
+        for text in self._alarms.check(record):
+            logging.warning("%s", text)
         if self._summaries:
             self._summaries.write(record)
 

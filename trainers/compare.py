@@ -36,7 +36,7 @@ import tensorflow as tf
 import tqdm
 from absl import app, flags, logging
 
-from trainers import common_flags, comparison, datasets, measures, report
+from trainers import common_flags, comparison, comparison_report, datasets, measures
 from trainers.files import make_folder, write_text
 
 _METHODS = flags.DEFINE_string(
@@ -174,11 +174,15 @@ def compare(
     ]
     records = _run(runner, cells, "comparing")
     if records:
-        table = report.markdown(records) + "\n" + report.costs(records)
+        table = (
+            comparison_report.markdown(records)
+            + "\n"
+            + comparison_report.costs(records)
+        )
         if len(learning_rates) > 1:
-            table += "\n" + report.learning_rates(records)
+            table += "\n" + comparison_report.learning_rates(records)
         write_text(output_dir / "results.md", table)
-        report.plot_all(records, output_dir)
+        comparison_report.plot_all(records, output_dir)
         print(table)
     return runner.num_failed
 

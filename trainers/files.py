@@ -1,6 +1,7 @@
-"""Files that are whole or not there."""
+"""Files that are whole or not there, and files of records that grow line by line."""
 
 import contextlib
+import json
 import os
 
 
@@ -31,6 +32,75 @@ def make_folder(path):
     """
     with written(path):
         path.mkdir(parents=True, exist_ok=True)
+
+
+def read_lines(path):
+    """Returns the records in a file of lines of JSON.
+
+    What an interrupted run has left of its last line is left out.
+
+    Args:
+        path: A `pathlib.Path`.
+
+    Raises:
+        ValueError: If another line is not JSON.
+    """
+    records = []
+    lines = path.read_text().splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            records.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise ValueError(
+                f"Line {number} of {str(path)!r} is not JSON: {error}. Received: "
+                f"{line[:80]!r}. Expected a record that trainers.train has written. "
+                "Delete the line, or train again."
+            ) from error
+    return records
+
+
+class JsonLines:
+    """A file that gets a line of JSON for each record, as soon as it is there.
+
+    Args:
+        path: A `pathlib.Path`.
+        key: The name of a number that grows from record to record. Those in the file
+            from the first new one on are of an earlier run, and are dropped.
+    """
+
+    def __init__(self, path, key):
+        self._path = path
+        self._key = key
+        self._file = None
+
+    def append(self, record):
+        """Writes one record.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        with written(self._path):
+            if self._file is None:
+                self._open(record[self._key])
+            self._file.write(json.dumps(record) + "\n")
+
+    def _open(self, first):
+        if self._path.exists():
+            lines = [
+                json.dumps(r) + "\n"
+                for r in read_lines(self._path)
+                if r[self._key] < first
+            ]
+            write_text(self._path, "".join(lines))
+        self._file = self._path.open("a", buffering=1)
+
+    def close(self):
+        """Ends the file."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 @contextlib.contextmanager

@@ -11,15 +11,12 @@ python -m trainers.train --dataset=python_source --model=transformer --steps=300
 The loss of text is in bits per byte.
 """
 
-import json
 import math
-import pathlib
 
 import tensorflow as tf
 from absl import app, flags, logging
 
-from tf_psops import cluster
-from trainers import common_flags, files, training
+from trainers import common_flags, training
 from trainers.rules import RULES
 
 _RULE = flags.DEFINE_enum("rule", "pso", tuple(RULES), "Synchronisation rule.")
@@ -77,15 +74,8 @@ def main(argv):
     if not flags.FLAGS["verbosity"].present:
         logging.set_verbosity(logging.WARNING)
         tf.get_logger().setLevel("WARNING")
-    arguments = {flag.name: flag.value for flag in _FLAGS}
-    result = training.train(**arguments)
+    result = training.train(**{flag.name: flag.value for flag in _FLAGS})
     print(training.format_result(result))
-    worker = cluster.read_tf_config()
-    if common_flags.OUTPUT_DIR.value and (worker is None or worker.is_chief):
-        files.write_text(
-            pathlib.Path(common_flags.OUTPUT_DIR.value) / "flags.json",
-            json.dumps(arguments, indent=2) + "\n",
-        )
 
 
 if __name__ == "__main__":

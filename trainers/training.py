@@ -11,7 +11,7 @@ from typing import NamedTuple
 import keras
 
 import tf_psops
-from trainers import datasets, evaluation, models, optimizers
+from trainers import datasets, evaluation, models, optimizers, run_files
 from trainers.files import make_folder, write_text
 from trainers.rules import RULES
 
@@ -95,10 +95,11 @@ def train(
         clipnorm: See `optimizers.make`. Defaults to `None`.
         seed: Seed of the initial weights, the order of the data and the rule.
             Defaults to 0.
-        output_dir: Folder for `metrics.jsonl`, a line for each epoch, `swarm.jsonl`, a
-            line for each synchronisation (`tf_psops.PSOSync.log`), `result.json`,
-            `model.keras` and TensorBoard's events; made if needed. Defaults to none:
-            no files.
+        output_dir: Folder for `flags.json`, these arguments; `metrics.jsonl`, a line
+            for each epoch; `swarm.jsonl`, a line for each synchronisation
+            (`run_files.SwarmLog`); `result.json`, `model.keras` and TensorBoard's
+            events; made if needed. `trainers.report` shows it. Defaults to none: no
+            files.
         backup_dir: Folder for backups, from which the same call goes on after it was
             cut short; see `tf_psops.PSOSync`. Defaults to none.
         elastic: Whether a backup of another number of particles will do. Defaults to
@@ -119,6 +120,7 @@ def train(
     print(result.test_accuracy)
     ```
     """
+    arguments = {**locals()}
     if schedule not in SCHEDULES:
         raise ValueError(
             f"Unknown `schedule`. Received: {schedule!r}. Expected: {SCHEDULES}."
@@ -134,6 +136,8 @@ def train(
     if output:
         make_folder(output)
         write_text(output / "result.json", "{}\n")
+        written = json.dumps(arguments, indent=2, default=str) + "\n"
+        write_text(output / "flags.json", written)
 
     data = datasets.load(dataset, data_dir)
     swarm = {"num_particles": strategy.num_replicas_in_sync, "batch_size": batch_size}
@@ -159,8 +163,8 @@ def train(
     callbacks = [particle_evaluation, sync]
     if output:
         callbacks += [
-            _MetricsLog(output / "metrics.jsonl", sync),
-            _SwarmLog(output / "swarm.jsonl", sync),
+            run_files.MetricsLog(output / "metrics.jsonl", sync),
+            run_files.SwarmLog(output / "swarm.jsonl", sync),
             keras.callbacks.TensorBoard(output, write_graph=False),
         ]
     start = time.perf_counter()
@@ -227,47 +231,3 @@ def _make_strategy(particles):
             "another number of workers."
         )
     return strategy
-
-
-class _MetricsLog(keras.callbacks.Callback):
-    """Writes the metrics of each epoch as one line of JSON."""
-
-    def __init__(self, path, sync):
-        super().__init__()
-        self._path = path
-        self._sync = sync
-
-    def on_epoch_end(self, epoch, logs=None):
-        record = {
-            "epoch": epoch,
-            **{name: float(value) for name, value in (logs or {}).items()},
-            "num_syncs": self._sync.num_syncs,
-            "sync_seconds": self._sync.sync_seconds,
-        }
-        # A resumed training repeats an epoch, a new one all of them.
-        _write_records(self._path, [record], "epoch")
-
-
-class _SwarmLog(keras.callbacks.Callback):
-    """Writes what each synchronisation found as one line of JSON, epoch by epoch."""
-
-    def __init__(self, path, sync):
-        super().__init__()
-        self._path = path
-        self._sync = sync
-
-    def on_epoch_end(self, epoch, logs=None):
-        _write_records(self._path, self._sync.log, "sync")
-
-    def on_train_end(self, logs=None):
-        _write_records(self._path, self._sync.log, "sync")
-
-
-def _write_records(path, records, key):
-    """Writes records as lines of JSON, after those in the file with a smaller key."""
-    if not records:
-        return
-    lines = path.read_text().splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)[key] < records[0][key]]
-    lines += map(json.dumps, records)
-    write_text(path, "\n".join(lines) + "\n")

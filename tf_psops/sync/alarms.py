@@ -1,7 +1,6 @@
 """Warnings of what goes wrong in a swarm without an error."""
 
 import numpy as np
-from absl import logging
 
 # Particles that had other rows differ by far more.
 _SAME = 1e-6
@@ -20,13 +19,16 @@ class Alarms:
     def __init__(self, sync_every):
         self._sync_every = sync_every
         self._given = set()
+        self._texts = []
         self._first_end = None
         self._waiting = self._working = 0.0
 
     def check(self, record):
-        """Looks at the next record of `PSOSync.log`."""
+        """Looks at the next record of `PSOSync.log`, and returns texts to warn by."""
+        self._texts = []
         self._check_places(record)
         self._check_times(record)
+        return self._texts
 
     def _check_places(self, record):
         rows = zip(record["fitness"], record["distances"])
@@ -72,4 +74,4 @@ class Alarms:
     def _warn(self, kind, text, *values):
         if kind not in self._given:
             self._given.add(kind)
-            logging.warning(text, *values)
+            self._texts.append(text % values)
