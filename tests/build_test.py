@@ -37,6 +37,9 @@ _FOLDERS = (
     "trainers",
     "trainers/datasets",
     "tests",
+    "tests/engines",
+    "examples/several_machines",
+    "examples/slurm",
     "benchmarks",
 )
 _RULES = ("py_binary", "py_library", "py_test")
