@@ -24,8 +24,7 @@ _SETTINGS = {
 }
 _FILES = (
     "results.md",
-    "accuracy_by_interval.png",
-    "accuracy_by_bytes.png",
+    "accuracy_by_cost.png",
     "loss_by_step.png",
 )
 
@@ -36,6 +35,8 @@ def _record(method, interval, seed, accuracy):
         "test_accuracy": accuracy,
         "bytes_per_worker": 100.0,
         "curve": [[1, 2.0], [2, 1.0]],
+        "steps": 2,
+        "settings": {"particles": 2},
         "seconds": 2.0,
         "sync_seconds": None if method == "local" else 0.5,
     }
@@ -161,7 +162,7 @@ class CompareTest(tf.test.TestCase, parameterized.TestCase):
         self.assertStartsWith(table, "Held-out bits per byte (lower is better), mean")
         self.assertIn("`label`: each particle has packages of its own.", table)
         self.assertIn("| average | 0.003 |", table)
-        for name in "bits_by_interval.png", "bits_by_bytes.png", "loss_by_step.png":
+        for name in "bits_by_cost.png", "loss_by_step.png":
             self.assertGreater((folder / name).stat().st_size, 100, name)
 
     @parameterized.parameters(
@@ -242,7 +243,7 @@ class ReportTest(tf.test.TestCase):
         # Of .90 and .92 the standard deviation is sqrt(2) points, the error 1.
         self.assertIn("| average | 91.00 ± 1.00 |", table)
         self.assertIn("| pso | **93.00 ± 0.00** |", table)
-        self.assertIn("| pso | +2.00 ± 1.00 | +2.00 ± 1.00 |", table)
+        self.assertIn("| pso | +2.00 ± 1.00 | +2.00 ± 1.00 | +2.0 |", table)
         self.assertIn("over 2 seeds", table)
 
     def test_lower_bits_are_better(self):
@@ -255,8 +256,44 @@ class ReportTest(tf.test.TestCase):
         self.assertStartsWith(table, "Test bits per byte (lower is better), mean")
         self.assertIn("| average | 3.550 ± 0.050 |", table)
         self.assertIn("| pso | **3.470 ± 0.070** |", table)
-        self.assertIn("| pso | -0.080 ± 0.020 | -0.080 ± 0.020 |", table)
+        self.assertIn("| pso | -0.080 ± 0.020 | -0.080 ± 0.020 | -4.0 |", table)
         self.assertIn("Difference from `average` in bits per byte", table)
+
+    def test_differences_from_the_better_peer_of_each_column(self):
+        stands = {
+            ("slowmo", 10): (0.90, 0.92),
+            ("slowmo", 50): (0.80, 0.82),
+            ("diloco", 10): (0.70, 0.72),
+            ("diloco", 50): (0.85, 0.85),
+            ("pso", 10): (0.91, 0.94),
+            ("pso", 50): (0.84, 0.86),
+        }
+        table = comparison_report.markdown(
+            [
+                _record(*place, seed, accuracy)
+                for place, runs in stands.items()
+                for seed, accuracy in enumerate(runs)
+            ]
+        )
+        self.assertIn("from the best in each column of `slowmo`, `diloco`,", table)
+        self.assertIn(
+            "| pso | +1.50 ± 0.50 | +0.00 ± 1.00 | +0.75 ± 0.56 | +1.5", table
+        )
+
+    def test_seconds_on_a_slow_line(self):
+        record = {
+            "steps": 10,
+            "syncs": 2,
+            "bytes_per_worker": 10**6,
+            "seconds": 5.0,
+            "sync_seconds": 1.0,
+            "settings": {"particles": 4},
+        }
+        step = comparison_report._step_seconds(record)
+        self.assertAlmostEqual(step, 0.1)
+        # 1.5 MB at 12.5 MB a second, and a quarter of a second to move one particle.
+        seconds = comparison_report._seconds_on_line(record, step)
+        self.assertAlmostEqual(seconds, 1 + 0.25 + 0.12)
 
     def test_not_a_number_is_never_the_best(self):
         records = [
@@ -278,7 +315,7 @@ class ReportTest(tf.test.TestCase):
         table = comparison_report.markdown(records)
         self.assertIn("| average | 90.00 |", table)
         self.assertIn("| pso | **93.00** |", table)
-        self.assertIn("| pso | +3.00 | +3.00 |", table)
+        self.assertIn("| pso | +3.00 | +3.00 |  |", table)
 
 
 class ShareGradientsTest(tf.test.TestCase):

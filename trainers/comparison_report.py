@@ -26,6 +26,8 @@ _STYLES = {
     "local": ("#999999", "P"),
 }
 _MARKERS = "v<>dh8Hx+1234"  # Of methods with arguments.
+_WITH_OUTER_MOMENTUM = ("slowmo", "diloco")
+_MBIT = 100  # Of the slow network's lines, in a second.
 
 
 def markdown(records):
@@ -36,7 +38,8 @@ def markdown(records):
 
     Returns:
         A table of mean +- standard error, the best of each column in bold, and tables
-        of each method's difference from "average" and "slowmo", paired by seed.
+        of each method's difference, paired by seed, from "average" and from the best,
+        in each column, of the methods with outer momentum.
     """
     measure = measures.of_records(records)
     cells = _by_cell(records)
@@ -68,9 +71,11 @@ def markdown(records):
                 text = f"**{text}**" if mean == best else text
             texts[method].append(text)
     lines += [_row(method, texts[method]) for method in methods]
-    for peer in ("average", "slowmo"):
-        if peer in methods and len(methods) > 1:
-            lines += ["", *_differences(cells, methods, columns, peer, measure)]
+    outer = [m for m in methods if comparison.name_of(m) in _WITH_OUTER_MOMENTUM]
+    for peers in ["average"] if "average" in methods else [], outer:
+        others = [method for method in methods if method not in peers]
+        if peers and others:
+            lines += ["", *_differences(cells, others, columns, peers, measure)]
     return "\n".join(lines) + "\n"
 
 
@@ -123,30 +128,31 @@ def plot_all(records, folder):
         folder: A `pathlib.Path`.
     """
     name = measures.of_records(records).file
-    _plot_measure(records, folder / f"{name}_by_interval.png", by_bytes=False)
-    _plot_measure(records, folder / f"{name}_by_bytes.png", by_bytes=True)
+    _plot_costs(records, folder / f"{name}_by_cost.png")
     _plot_loss(records, folder / "loss_by_step.png")
 
 
-def _differences(cells, methods, columns, peer, measure):
-    """Returns the table of differences from a peer; the last column is their mean."""
+def _differences(cells, methods, columns, peers, measure):
+    """Returns the table of differences from the best of some peers in each column."""
+    name = f"`{peers[0]}`"
+    if len(peers) > 1:
+        name = f"the best in each column of {', '.join(f'`{p}`' for p in peers)},"
     lines = [
-        f"Difference from `{peer}` in {measure.unit}, paired by seed, ± standard "
-        "error; the last column is the mean over the cells.",
+        f"Difference from {name} in {measure.unit}, paired by seed, ± standard error; "
+        "then the mean over the cells, and the mean of each cell's difference divided "
+        "by its own error.",
         "",
-        *_head(columns, "all cells"),
+        *_head(columns, "all cells", "in errors"),
     ]
+    best = [_best(cells, peers, column, measure) for column in columns]
     for method in methods:
-        if method == peer:
-            continue
         texts, means, errors = [], [], []
-        for column in columns:
+        for column, peer in zip(columns, best):
             runs = cells.get((method, *_place(method, column)), {})
-            peers = cells.get((peer, *_place(peer, column)), {})
             pairs = [
-                measure.of(run) - measure.of(peers[seed])
+                measure.of(run) - measure.of(peer[seed])
                 for seed, run in runs.items()
-                if seed in peers
+                if seed in peer
             ]
             if not pairs:
                 texts.append("")
@@ -159,59 +165,78 @@ def _differences(cells, methods, columns, peer, measure):
             error = math.hypot(*errors) / len(errors)
             mean = measure.text(statistics.mean(means), "+")
             texts.append(mean + _with(error, measure))
+            known = error > 0 and all(errors)
+            ratios = [m / e for m, e in zip(means, errors)] if known else []
+            texts.append(f"{statistics.mean(ratios):+.1f}" if ratios else "")
         lines.append(_row(method, texts))
     return lines
 
 
-def _plot_measure(records, path, by_bytes):
+def _best(cells, methods, column, measure):
+    """Returns the runs by seed of that of some methods which is best in a column."""
+    there = [cells.get((method, *_place(method, column)), {}) for method in methods]
+    return measure.best(
+        [runs for runs in there if runs] or [{}],
+        key=lambda runs: statistics.mean(map(measure.of, runs.values())) if runs else 0,
+    )
+
+
+def _plot_costs(records, path):
+    """Draws how good the methods are against bytes, and time on a slow network."""
     measure = measures.of_records(records)
     cells = _by_cell(records)
     styles = _styles(records)
     partitions = list(dict.fromkeys(r["partition"] for r in records))
-    figure, axes = _panels(1, len(partitions))
-    for axis, partition in zip(axes[0], partitions):
-        for method in _methods(records):
-            keys = sorted(k for k in cells if k[0] == method and k[2] == partition)
-            if not keys:
-                continue
-            runs = [list(cells[key].values()) for key in keys]
-            values = [[measure.of(run) for run in group] for group in runs]
-            mean = np.array([statistics.mean(v) for v in values])
-            error = np.array([_standard_error(v) for v in values])
-            style = styles[method]
-            if not by_bytes and method in ("local", "ssgd"):
-                axis.axhline(
-                    mean[0], color=style["color"], linestyle="--", label=method
+    figure, axes = _panels(2, len(partitions))
+    step = min(_step_seconds(record) for record in records)
+    costs_of = {
+        "MB moved to each worker": lambda r: r["bytes_per_worker"] / 1e6,
+        f"seconds at {_MBIT} Mbit/s": lambda r: _seconds_on_line(r, step),
+    }
+    for row, (label, cost) in zip(axes, costs_of.items()):
+        for axis, partition in zip(row, partitions):
+            for method in _methods(records):
+                keys = sorted(k for k in cells if k[0] == method and k[2] == partition)
+                runs = [list(cells[key].values()) for key in keys]
+                if not runs or method == "local":  # It moves no bytes.
+                    continue
+                values = [[measure.of(run) for run in group] for group in runs]
+                axis.errorbar(
+                    [statistics.median(map(cost, group)) for group in runs],
+                    [statistics.mean(v) for v in values],
+                    yerr=np.nan_to_num([_standard_error(v) for v in values]),
+                    capsize=2,
+                    label=method,
+                    **styles[method],
                 )
-                continue
-            x = [
-                statistics.mean(r["bytes_per_worker"] for r in group) / 1e6
-                if by_bytes
-                else key[1]
-                for key, group in zip(keys, runs)
-            ]
-            if by_bytes and method == "local":
-                continue
-            axis.plot(x, mean, label=method, **style)
-            axis.fill_between(
-                x, mean - error, mean + error, color=style["color"], alpha=0.2
-            )
-        axis.set_xscale("log", subs=[2, 5])
-        if not by_bytes:
-            intervals = sorted({n for _, n in _columns(records)})
-            axis.set_xticks(intervals, map(str, intervals), minor=False)
-            axis.minorticks_off()
-        else:
+            axis.set_xscale("log", subs=[2, 5])
             axis.xaxis.set_major_formatter("{x:g}")
             axis.xaxis.set_minor_formatter("{x:g}")
-        axis.set_title(f"partition: {partition}")
-        axis.set_xlabel(
-            "MB moved to each worker"
-            if by_bytes
-            else "synchronisation interval (steps)"
-        )
-        axis.set_ylabel(f"{_kind(records).lower()} {measure.name}")
+            axis.set_title(f"partition: {partition}")
+            axis.set_xlabel(label)
+            axis.set_ylabel(f"{_kind(records).lower()} {measure.name}")
     _save(figure, axes, path)
+
+
+def _step_seconds(record):
+    """Returns what a local step of one particle takes, from a run of all of them."""
+    working = record["seconds"] - (record["sync_seconds"] or 0)
+    return working / record["steps"] / record["settings"]["particles"]
+
+
+def _seconds_on_line(record, step):
+    """Returns what a run would take if each particle had this machine to itself.
+
+    An all-reduce brings each of W workers 2 (W - 1) / W times the vector.
+
+    Args:
+        record: A record of `comparison.Comparison.run`.
+        step: Seconds of a local step.
+    """
+    workers = record["settings"]["particles"]
+    moved = 2 * (workers - 1) / workers * record["bytes_per_worker"]
+    settling = (record["sync_seconds"] or 0) / workers
+    return record["steps"] * step + settling + 8e-6 * moved / _MBIT
 
 
 def _plot_loss(records, path):
