@@ -5,6 +5,8 @@ import pathlib
 
 from absl import flags
 
+from benchmarks import common_flags
+
 WORKERS = flags.DEFINE_list("workers", ["2", "4"], "Worker processes.")
 OUTPUT_JSON = flags.DEFINE_string("output_json", None, "File for the records.")
 
@@ -15,6 +17,24 @@ def expect_numbers(flag, lowest):
         flag.name,
         lambda texts: texts and all(t.isdigit() and int(t) >= lowest for t in texts),
         message=f"Expected whole numbers of at least {lowest}, separated by commas.",
+    )
+
+
+def expect_params(flag, lowest):
+    """Does so unless it holds numbers of parameters, such as 1M."""
+
+    def are_params(texts):
+        try:
+            return bool(texts) and all(
+                common_flags.count(text) >= lowest for text in texts
+            )
+        except (OverflowError, ValueError):
+            return False
+
+    flags.register_validator(
+        flag.name,
+        are_params,
+        message=f"Expected numbers of at least {lowest}, such as 1M.",
     )
 
 

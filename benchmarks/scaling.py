@@ -144,10 +144,7 @@ def cluster(num_workers, network, batch_size, sides):
         stack.callback(workers.kill)
         workers.receive()
         if mbit:
-            switch = slow_network.switch()
-            stack.callback(switch.kill)
-            switch.receive()
-            switch.ask(workers.pids)
+            stack.enter_context(slow_network.switch(workers.pids))
         addresses = workers.ask("join")
         measured_mbit = workers.ask("receive_or_send", addresses)[0]
         workers.ask("make_sides", addresses, sides, batch_size)

@@ -6,6 +6,7 @@ all of it away with the processes, however they end. It needs Linux, the rights 
 and iproute2.
 """
 
+import contextlib
 import ctypes
 import os
 import pathlib
@@ -43,14 +44,20 @@ def leave():
         raise OSError(code, f"unshare(CLONE_NEWNET): {os.strerror(code)}")
 
 
-def switch():
-    """Starts the process that holds the switch.
+@contextlib.contextmanager
+def switch(pids):
+    """Gives a cable of one switch to each of some processes, until the block is left.
 
-    Returns:
-        A `processes.Processes`. Asked with the ids of processes that have left the
-        machine's network, it gives a cable to each.
+    Args:
+        pids: Ids of processes that have left the machine's network.
     """
-    return processes.Processes(_make_switch, [()])
+    holder = processes.Processes(_make_switch, [()])
+    try:
+        holder.receive()
+        holder.ask(pids)
+        yield
+    finally:
+        holder.kill()
 
 
 def _make_switch(barrier):

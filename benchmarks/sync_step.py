@@ -109,18 +109,7 @@ _PARAMS = flags.DEFINE_list(
 _SIDES = flags.DEFINE_list("sides", list(SIDES), f"Sides: {', '.join(SIDES)}.")
 
 
-@flags.validator(
-    "params", message=f"Expected numbers of at least {_MIN_PARAMS}, such as 0.1M."
-)
-def _are_params(texts):
-    try:
-        return bool(texts) and all(
-            common_flags.count(text) >= _MIN_PARAMS for text in texts
-        )
-    except (OverflowError, ValueError):
-        return False
-
-
+cluster_flags.expect_params(_PARAMS, _MIN_PARAMS)
 flags.register_validator(
     "sides",
     lambda names: names and set(names) <= set(SIDES),

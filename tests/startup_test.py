@@ -97,10 +97,7 @@ class StartTest(tf.test.TestCase, parameterized.TestCase):
             stack.callback(workers.kill)
             workers.receive()
             if mbit:
-                switch = slow_network.switch()
-                stack.callback(switch.kill)
-                switch.receive()
-                switch.ask(workers.pids)
+                stack.enter_context(slow_network.switch(workers.pids))
             else:
                 for _ in range(2):
                     other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
