@@ -18,7 +18,7 @@ class BenchmarkFlagsTest(parameterized.TestCase):
         ("batch_sizes", ["0"]),
         ("networks", ["fast"]),
         ("networks", ["0mbit"]),
-        ("steps", 0),
+        ("timed_steps", 0),
     )
     def test_out_of_range(self, name, value):
         flags.FLAGS.mark_as_parsed()
