@@ -159,6 +159,12 @@ class ShellTest(_InFolderTestCase):
             for command in shell_commands.record(text):
                 shell_commands.check(command)
 
+    def test_flags_in_docstrings(self):
+        texts = re.findall(r"```bash\n(.*?)```", launch.__doc__, re.DOTALL)
+        self.assertNotEmpty(texts)
+        for command in itertools.chain(*map(shell_commands.record, texts)):
+            shell_commands.check(command)
+
     @parameterized.named_parameters(*_having("bash", "quick"))
     def test_quick_blocks_run(self, page):
         _run_all(page, os.getcwd(), ("quick",))
