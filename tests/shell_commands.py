@@ -1,5 +1,6 @@
 """Runs the shell commands of the documentation, or only checks their flags."""
 
+import argparse
 import contextlib
 import importlib.util
 import multiprocessing
@@ -13,6 +14,8 @@ import sys
 import tempfile
 from unittest import mock
 
+from absl import app, flags  # noqa: F401  `app` has a flag of its own.
+
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 
 # Bash does all but start a program: that is written down.
@@ -24,7 +27,6 @@ source() { :; }
 unshare() { while [[ "$1" == --* ]]; do shift; done; "$@"; }
 sh() { eval "$2"; }
 """
-_PARSERS_OF_THEIR_OWN = ("tests.compatibility", "tests.keras_suite")
 _PARSE_SECONDS = 60
 _ADDRESS = re.compile(r"127\.0\.0\.1:(\d+)")
 
@@ -48,13 +50,17 @@ def check(command):
     """Raises an error if a program of this project would refuse its arguments.
 
     Args:
-        command: The arguments, the program first. Others than Python, pip's and
-            pytest's are taken as they are.
+        command: The arguments, the program first. Of others than Python and pip only a
+            Python command behind them is looked at.
     """
     if command[0] == "pip" or command[:3] == ["python", "-m", "pip"]:
         _check_extras(command)
     elif command[:2] == ["python", "-m"]:
         _check_module(command[2], command[3:])
+    elif "python" in command[1:]:
+        check(command[command.index("python", 1) :])
+    elif command[0] == "python" and command[1].startswith("examples/"):
+        _parse_apart(_run_path, str(ROOT / command[1]), command[2:])
 
 
 def _check_extras(command):
@@ -71,12 +77,16 @@ def _check_module(module, arguments):
     if importlib.util.find_spec(module) is None:
         raise ValueError(f"There is no module {module}.")
     ours = module.partition(".")[0] in ("benchmarks", "tests", "tf_psops", "trainers")
-    if not ours or (module in _PARSERS_OF_THEIR_OWN and not arguments):
+    if not ours:
         return
     if module == "tf_psops.launch":
         arguments, command = _split(arguments)
         check(command)
         arguments = [*arguments, "--", "true"]
+    _parse_apart(_run_module, module, arguments)
+
+
+def _parse_apart(run, name, arguments):
     context = multiprocessing.get_context("forkserver")
     # Slow to import, and the same for all.
     context.set_forkserver_preload(["tf_psops.pso_sync", "trainers.training"])
@@ -84,13 +94,13 @@ def _check_module(module, arguments):
         tempfile.NamedTemporaryFile("r") as log,
         mock.patch.dict(os.environ, {"PYTHONPATH": str(ROOT)}),
     ):
-        process = context.Process(target=_parse, args=(module, arguments, log.name))
+        process = context.Process(target=_parse, args=(run, name, arguments, log.name))
         process.start()
         process.join(_PARSE_SECONDS)
         if process.exitcode is None:
             process.kill()
         if process.exitcode:
-            raise ValueError(f"{module} refuses {arguments}:\n{log.read()}")
+            raise ValueError(f"{name} refuses {arguments}:\n{log.read()}")
 
 
 def _split(arguments):
@@ -98,12 +108,28 @@ def _split(arguments):
     return arguments[:place], arguments[place + 1 :]
 
 
-def _parse(module, arguments, log):
-    """Is what a process of its own does: the module's flags are read, and no more."""
+def _parse(run, name, arguments, log):
+    """Is what a process of its own does: a program's flags are read, and no more."""
     for stream in (1, 2):
         os.dup2(os.open(log, os.O_WRONLY | os.O_APPEND), stream)
-    sys.argv = [module, "--only_check_args", *arguments]
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    sys.argv = [name, *arguments]
+    flags.FLAGS.set_default("only_check_args", True)
+    read = argparse.ArgumentParser.parse_args
+
+    def only_read(*args):
+        read(*args)
+        os._exit(0)
+
+    with mock.patch.object(argparse.ArgumentParser, "parse_args", only_read):
+        run(name)
+
+
+def _run_module(name):
+    runpy.run_module(name, run_name="__main__", alter_sys=True)
+
+
+def _run_path(name):
+    runpy.run_path(name, run_name="__main__")
 
 
 def run(texts, folder, timeout):
