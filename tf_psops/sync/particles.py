@@ -30,7 +30,7 @@ class Particles:
         averaged: The `Flattening` of what is averaged beside them.
         left_apart: The `Flattening` of what is averaged only at the end.
         moved: The `Flattening` of all that training moves but weights and slots.
-        vector: For each of them the variable, [P], of the vector that travelled last.
+        vector: For each of them the variable, [P], of what `keep` keeps.
         tensor_ids: For each of them the numbers, [P], of the tensors of the weights.
     """
 
@@ -112,12 +112,14 @@ class Particles:
             tf.TensorSpec([self._averages.size], self.dtype),
         )
 
-        def variable(spec):
-            zeros = functools.partial(tf.zeros, spec.shape, spec.dtype)
-            return tf.Variable(zeros, trainable=False)
-
         def make(replica):
             del replica
+            # Variables share the memory of a tensor that they begin with.
+            zeros = functools.cache(tf.zeros)
+
+            def variable(spec):
+                return tf.Variable(zeros(spec.shape, spec.dtype), trainable=False)
+
             with self._strategy.extended.plain_variables():
                 return tf.nest.map_structure(variable, memory)
 
@@ -337,11 +339,20 @@ class Particles:
             state,
         )
 
-    def agree(self, replica, vector, averaged):
-        """Takes what travelled for a particle's own, but its position."""
-        self.vector[replica].assign(vector)
+    def take_averaged(self, replica, averaged):
+        """Takes the averaged state that travelled for a particle's own."""
         self.averaged.unpack(replica, averaged)
         self._note_agreed(replica)
+
+    def keep(self, replica, vector):
+        """Keeps what is known of a synchronisation whose vector travelled.
+
+        A best may stand for several synchronisations. Of a mean only the position that
+        the rule agrees on is used again, and mostly that is in memory anyway.
+        """
+        if self._rule.exchange == "mean":
+            vector = self._rule.agreed(self.state(replica), vector)
+        self.vector[replica].assign(vector)
 
     def _note_agreed(self, replica):
         self._agreed_state[replica].assign(self._state.pack(replica))
@@ -376,13 +387,15 @@ class Particles:
 
     def _rest(self, replica):
         position = self.weights.pack(replica)
-        self.vector[replica].assign(position)
         self.remember(replica, self._rule.init(position))
+        self.keep(replica, position)
         self._note_agreed(replica)
 
     def agreed_position(self, replica):
         """Returns the position, [P], that stands for the swarm."""
         vector = self.vector[replica].read_value()
+        if self._rule.exchange == "mean":
+            return vector
         return self._rule.agreed(self.state(replica), vector)
 
     def show_agreed(self, averages=False):

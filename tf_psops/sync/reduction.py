@@ -13,8 +13,8 @@ class Reduction:
         particles: The local `Particles`.
         kind: "best" or "mean"; see `Rule.exchange`.
         payload: The `tf.DType` in which the one vector travels. What travels in
-            another type than the vector's own is the way from the last vector, which
-            is short.
+            another type than the vector's own is the way from `Particles.vector`,
+            which is short.
     """
 
     def __init__(self, collectives, particles, kind, payload):

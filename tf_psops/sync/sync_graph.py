@@ -154,7 +154,7 @@ class SyncGraph:
                 now = particles.averaged.pack(replica)
                 gone = way(replica, particles.averaged, own[replica])
             self._loss_tracker.leave_out_nan(replica)
-            particles.agree(replica, vectors[replica], averaged[replica])
+            particles.take_averaged(replica, averaged[replica])
             if self._delayed:
                 moved = averaged[replica] + gone
                 # A variance or a second moment may have forgotten more than the mean.
@@ -192,6 +192,7 @@ class SyncGraph:
                 states[replica], position, news[replica], ids
             )
             particles.remember(replica, state)
+            particles.keep(replica, vectors[replica])
             if replica == 0:
                 measures.update(self._rule.measures(state, news[0]))
             finite = divergence.is_finite(position)
