@@ -47,6 +47,7 @@ def _record(sync, particles=3, **more):
         "diverged": [],
         "measures": {"inertia": 0.2, "cohesion": 2.0, "way": 1.4, "spread": 1.0},
         "bytes": 2000000,
+        "waited": [0.05, 0.04, 0.06],
         "waiting_seconds": 0.05,
         "working_seconds": 0.05,
         "metrics": {"loss": 0.5, "accuracy": 0.1 + 0.8 * (1 - 1 / (1 + sync))},

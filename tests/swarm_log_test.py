@@ -11,11 +11,11 @@ from absl.testing import parameterized
 
 import tf_psops
 from tests import clusters, swarms
-from tf_psops.sync import alarms
 
 _KEYS = (
     *("sync", "step", "epoch", "seconds", "members", "fitness", "distances"),
-    *("diverged", "measures", "bytes", "waiting_seconds", "working_seconds"),
+    *("diverged", "measures", "bytes", "waited", "waiting_seconds"),
+    "working_seconds",
 )
 
 
@@ -206,63 +206,6 @@ class TensorBoardTest(tf.test.TestCase, parameterized.TestCase):
         with mock.patch.object(tf.summary, "create_file_writer") as created:
             swarms.fit(model, swarms.data(4), tf_psops.PSOSync(2))
         created.assert_not_called()
-
-
-def _record(**more):
-    return {
-        "sync": 7,
-        "seconds": 0.0,
-        "fitness": [1.0, 2.0],
-        "distances": [1.0, 1.0],
-        "waiting_seconds": 0.0,
-        "working_seconds": 0.0,
-        **more,
-    }
-
-
-class AlarmsTest(tf.test.TestCase, parameterized.TestCase):
-    def _warnings(self, *records):
-        checker = alarms.Alarms(10)
-        return [text for record in records for text in checker.check(record)]
-
-    def test_same_data(self):
-        x, y = swarms.arrays(4, 1)
-        x, y = (np.repeat(a.reshape(4, 1, swarms.ROWS, -1), 2, 1) for a in (x, y))
-        data = tf.data.Dataset.from_tensor_slices((x.reshape(-1, 4), y.reshape(-1)))
-        model = swarms.swarm()
-        with self.assertLogs("absl", "WARNING") as logs:
-            swarms.fit(model, data.batch(2 * swarms.ROWS), tf_psops.PSOSync(1))
-        [text] = logs.output
-        self.assertRegex(text, "collapsed: at synchronisation 0 .* same data")
-
-    @parameterized.parameters(
-        {"fitness": [1.0, 1.0 + 1e-4]},
-        {"fitness": [1.0, 1.0], "distances": [1.0, 1.001]},
-        {"fitness": [1.0, 1.0], "distances": [0.0, 0.0]},  # At rest.
-        {"fitness": [1.0, None]},
-        {"fitness": [None, None]},
-        {"fitness": [1.0], "distances": [1.0]},
-    )
-    def test_not_collapsed(self, **values):
-        self.assertEmpty(self._warnings(_record(**values)))
-
-    def _times(self, waiting, working):
-        return [
-            _record(seconds=2.0 * i, waiting_seconds=waiting, working_seconds=working)
-            for i in range(20)
-        ]
-
-    def test_much_time(self):
-        [text] = self._warnings(*self._times(0.1, 0.5))
-        self.assertRegex(text, "30 % of the time. Synchronise.*sync_every, now 10")
-        [text] = self._warnings(*self._times(0.5, 0.1))
-        self.assertRegex(text, "30 % of the time. Most of it this worker waits")
-
-    def test_not_much_time(self):
-        self.assertEmpty(self._warnings(*self._times(0.1, 0.2)))
-        self.assertEmpty(self._warnings(*self._times(0.0, 1.9)[:5]))
-        compiled = _record(seconds=1.0, working_seconds=100.0)
-        self.assertEmpty(self._warnings(compiled, *self._times(0.1, 0.2)[1:]))
 
 
 if __name__ == "__main__":

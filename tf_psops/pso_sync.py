@@ -135,15 +135,19 @@ class PSOSync(keras.callbacks.Callback):
             - "members", the workers that took part; "bytes", as in `bytes_moved`.
             - "waiting_seconds", in which training stood still on this worker until the
               others had come (with a `delay`, until what travelled was there), and
-              "working_seconds", the others that it took.
+              "working_seconds", the others that it took; "waited", the waiting seconds
+              of every worker at the synchronisation before.
         num_diverged: How many times a particle was out of order at a synchronisation:
             its loss or a weight was not finite, or it had moved a hundred times as far
             as the others, to a larger loss. It is never a best, what it brings reaches
             no other particle, and it goes on from what travelled, with fresh optimizer
             slots. Each case is logged as a warning.
 
-    Once in a training a warning says what to do where all particles train on the same
-    rows, and where synchronisations take more than a fifth of the time.
+    Once in a training, on the chief, a warning says what to do where all particles
+    train on the same rows; where the swarm flies apart; where one particle is always
+    last, or out of order again and again; where the particles' shards of the data are
+    unequal; where one worker is always waited for; and where synchronisations take more
+    than a fifth of the time.
 
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
@@ -503,8 +507,10 @@ class PSOSync(keras.callbacks.Callback):
             "working_seconds": max(seconds - found["waiting_seconds"], 0.0),
         }
         self.log.append(record)
-        for text in self._alarms.check(record):
-            logging.warning("%s", text)
+        texts = self._alarms.check(record)
+        if self.model.distribute_strategy.is_chief:  # All workers see the same.
+            for text in texts:
+                logging.warning("%s", text)
         if self._summaries:
             self._summaries.write(record)
 

@@ -9,6 +9,11 @@ import numpy as np
 
 from trainers import files
 
+_NEEDED = (
+    *("sync", "step", "seconds", "fitness", "distances", "diverged", "measures"),
+    *("members", "bytes", "waited", "waiting_seconds", "working_seconds"),
+)
+
 
 class Run(NamedTuple):
     """One run.
@@ -128,9 +133,8 @@ def _read(folder, name):
     records = files.read_lines(path)
     if not records:
         raise ValueError(f"{str(path)!r} has no record yet. {expected}.")
-    needed = ("sync", "step", "seconds", "fitness", "distances", "members")
     for number, record in enumerate(records, 1):
-        if not isinstance(record, dict) or not set(needed) <= set(record):
+        if not isinstance(record, dict) or not set(_NEEDED) <= set(record):
             raise ValueError(
                 f"Line {number} of {str(path)!r} is no record of a synchronisation. "
                 f"Received: {str(record)[:80]}. {expected}, with this version of "

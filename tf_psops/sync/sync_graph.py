@@ -41,16 +41,16 @@ class SyncGraph:
         self._particles.each(begin)
 
     @tf.function(autograph=False)
-    def report(self, vote):
+    def report(self, told):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [6], has its fitness, NaN where it is unknown, score, steps, distance
+        A row, [7], has its fitness, NaN where it is unknown, score, steps, distance
         from the position that stands for the swarm, learning rate, and what its worker
-        votes. Then come positions, offers, the rule's new states, and the state to be
+        tells. Then come positions, offers, the rule's new states, and the state to be
         averaged.
 
         Args:
-            vote: Scalar float64.
+            told: [2], float64: the worker's vote, and how long it waited last.
         """
         particles = self._particles
         sums = particles.share(
@@ -82,7 +82,7 @@ class SyncGraph:
                 self._loss_tracker.steps(replica),
                 distance,
                 self._loss_tracker.learning_rate(replica),
-                vote,
+                *tf.unstack(told),
             )
             row = tf.stack([tf.cast(value, tf.float64) for value in row])
             with tf.control_dependencies([row]):

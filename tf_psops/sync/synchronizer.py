@@ -72,6 +72,7 @@ class Synchronizer:
         self.num_syncs = 0
         self.bytes_moved = 0
         self.record = {}
+        self._waited = math.nan  # In the last synchronisation, if there was one.
 
     def _build(self, found):
         """Makes what the variables of the model decide on.
@@ -200,6 +201,7 @@ class Synchronizer:
         self._sent = None
         self.num_syncs = 0
         self.bytes_moved = 0
+        self._waited = math.nan
 
     def warm_up(self, take_mean):
         """Synchronises and closes once alone, and takes it back: all is then compiled.
@@ -214,7 +216,7 @@ class Synchronizer:
         variables = tf.nest.flatten(self._loss_tracker.variables)
         values = [variable.read_value() for variable in variables]
         rows, positions, offers, states, own = self._graph.report(
-            tf.constant(0, tf.float64)
+            tf.zeros(2, tf.float64)
         )
         # Only now, because `report` lets weights and positions share their memory.
         changed = tf.nest.flatten(self._particles.changed())
@@ -344,7 +346,7 @@ class Synchronizer:
                 `vote` after `finish`.
         """
         rows, positions, offers, states, own = self._graph.report(
-            tf.constant(vote, tf.float64)
+            tf.constant([vote, self._waited], tf.float64)
         )
         moving = async_work.AsyncWork(
             functools.partial(self._travel, rows, offers, own),
@@ -366,7 +368,7 @@ class Synchronizer:
         start = time.perf_counter()
         table = self._collectives.tell(rows)
         waiting = time.perf_counter() - start
-        fitness, scores, steps, distances, rates, votes = table.T
+        fitness, scores, steps, distances, rates, votes, waited = table.T
         self._check_steps(steps)
         present = ~np.isnan(steps)
         unknown = np.isnan(fitness) & present
@@ -383,7 +385,7 @@ class Synchronizer:
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
-        told = distances, waiting
+        told = distances, waiting, waited[:: len(self.local_particles)]
         distances = np.where(sick, np.inf, distances)
         root = int(np.where(sick, np.inf, scores).argmin())
         news = (root, float(scores[root]))
@@ -436,7 +438,8 @@ class Synchronizer:
         self._check_finite(finite, "move")
         self._particles.forget_set()
         fitness = np.where(unknown & np.isfinite(fitness), np.nan, fitness)
-        distances, waiting = told
+        distances, waiting, waited_before = told
+        self._waited = waited if self._delayed else waiting
         self.record = {
             "sync": self.num_syncs,
             "fitness": list(map(_plain, fitness)),
@@ -444,7 +447,8 @@ class Synchronizer:
             "diverged": np.flatnonzero(np.isinf(fitness)).tolist(),
             "measures": {n: _plain(value.numpy()) for n, value in measures.items()},
             "bytes": int(num_bytes),
-            "waiting_seconds": waited if self._delayed else waiting,
+            "waited": list(map(_plain, waited_before)),
+            "waiting_seconds": self._waited,
         }
         self.num_syncs += 1
         return fitness
@@ -476,7 +480,7 @@ class Synchronizer:
                 # Half a step more than at a synchronisation.
                 rows = [
                     np.array(
-                        [0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0, 0]
+                        [0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0, 0, 0]
                     )
                     for replica in range(len(self.local_particles))
                 ]
