@@ -70,6 +70,10 @@ class ReplicasTest(tf.test.TestCase):
         model.fit(rows.batch(_PARTICLES * _ROWS), verbose=0, **kwargs)
         return strategy, model, start
 
+    def test_takes_itself_for_no_other_strategy(self):
+        with self.assertNoLogs("tensorflow", "INFO"):
+            _strategy()
+
     def test_replicas_start_equal_and_train_apart(self):
         strategy, model, start = self._fit()
         self.assertLen(start, _PARTICLES)

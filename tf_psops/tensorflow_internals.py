@@ -172,6 +172,20 @@ class SwarmVariable(values.SyncOnReadVariable):
         return np.asarray(self.numpy(), dtype=dtype)
 
 
+@contextlib.contextmanager
+def _without_infos():
+    """Hides that the base class takes itself for a MirroredStrategy of one worker."""
+
+    def is_shown(record):
+        return record.levelno > logging.converter.STANDARD_INFO
+
+    tf.get_logger().addFilter(is_shown)
+    try:
+        yield
+    finally:
+        tf.get_logger().removeFilter(is_shown)
+
+
 class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
     """Replicas that share a cluster and start equal, and then train apart."""
 
@@ -188,11 +202,12 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         # The base class asks its strategy for it.
         strategy._collective_key_base = next(_collective_key_bases)
         resolvers, options = tf.distribute.cluster_resolver, tf.distribute.experimental
-        super().__init__(
-            strategy,
-            resolvers.SimpleClusterResolver(tf.train.ClusterSpec({})),
-            options.CommunicationOptions(),
-        )
+        with _without_infos():
+            super().__init__(
+                strategy,
+                resolvers.SimpleClusterResolver(tf.train.ClusterSpec({})),
+                options.CommunicationOptions(),
+            )
         # From here on the base class counts all workers' replicas and shares inputs
         # out; what would be a collective between workers is overridden below.
         self._num_workers, self._id_in_cluster = num_workers, index
