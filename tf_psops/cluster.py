@@ -192,6 +192,12 @@ def _read_index(task: Any, jobs: Mapping[str, list[str]]) -> int:
     """Returns the place of `TF_CONFIG["task"]` among all workers, chief first."""
     _expect_object('"task"', task, 'Expected {"type": "worker", "index": 0}.')
     job = task.get("type")
+    if job == "evaluator":
+        raise _error(
+            'task "type" is that of an evaluator, which takes no part in a swarm',
+            job,
+            "Let it load the files that the chief saves, without SwarmStrategy.",
+        )
     if not isinstance(job, str) or job not in jobs:
         raise _error(
             'task "type" is not a job of the cluster',
