@@ -38,6 +38,8 @@ _FOLDERS = (
     "trainers/datasets",
     "tests",
     "tests/engines",
+    "examples/kubernetes",
+    "examples/ray",
     "examples/several_machines",
     "examples/slurm",
     "benchmarks",

@@ -36,10 +36,11 @@ def main():
         model.compile(optimizer, loss, metrics=["accuracy"])
     x, y = load_digits(return_X_y=True)
     sync = tf_psops.PSOSync(10, backup_dir=arguments.backup_dir)
+    callbacks = [sync, keras.callbacks.ModelCheckpoint(arguments.model)]
     batch_size = 32 * strategy.num_replicas_in_sync
     verbose = 2 if strategy.is_chief else 0
-    model.fit(x / 16, y, batch_size, arguments.epochs, verbose, callbacks=[sync])
-    model.save(arguments.model)  # Every worker calls it; the chief alone writes.
+    model.fit(x / 16, y, batch_size, arguments.epochs, verbose, callbacks=callbacks)
+    model.save(arguments.model)  # All workers call it; the chief alone writes.
     print(
         f"Worker {strategy.worker_index} of {strategy.num_workers}: "
         f"{sync.num_syncs} synchronisations"
