@@ -4,6 +4,7 @@ A block is run unless an HTML comment before it says otherwise:
 
     <!-- test: skip, REASON -->        it cannot be run
     <!-- test: flags only, REASON -->  commands that take too long: only their flags
+    <!-- test: installed, REASON -->   only what follows the installation
     <!-- test: file NAME -->           a program, for the commands after it
     <!-- test: quick -->               commands for the default tests, not the slow ones
     <!-- test: worker N -->            commands of one worker, beside the others'
@@ -32,8 +33,8 @@ class Block(NamedTuple):
         line: Where it begins, from 1.
         language: What stands behind its fence.
         text: What is in it.
-        note: What a comment says of it: "skip", "flags", "file", "quick", "worker",
-            or "" without one.
+        note: What a comment says of it: "skip", "flags", "installed", "file", "quick",
+            "worker", or "" without one.
         detail: What follows there: the reason, the name, or the number.
     """
 

@@ -103,7 +103,10 @@ def _after_ten_lines():
 def _run_all(page, folder, notes):
     """Runs the shell blocks of a page in their order, and writes its programs."""
     kinds = {"bash": notes, "python": ("file",)}
-    blocks = [b for b in code_blocks.read(page) if b.note in kinds.get(b.language, ())]
+    blocks = code_blocks.read(page)
+    if '--8<-- "README.md:install"' in page.read_text(encoding="utf-8"):
+        blocks = _blocks(_README, "bash", "installed") + blocks
+    blocks = [b for b in blocks if b.note in kinds.get(b.language, ())]
     for note, group in itertools.groupby(blocks, lambda block: block.note):
         group = list(group)
         if note == "file":
@@ -112,8 +115,10 @@ def _run_all(page, folder, notes):
         elif note == "worker":
             shell_commands.run([b.text for b in group], folder, _SECONDS)
         else:
-            for block in group:
-                shell_commands.run([block.text], folder, _SECONDS)
+            for text in (block.text for block in group):
+                if note == "installed":
+                    text = text.partition("&&")[2]
+                shell_commands.run([text], folder, _SECONDS)
 
 
 class _InFolderTestCase(parameterized.TestCase):
@@ -152,7 +157,7 @@ class PythonTest(_InFolderTestCase):
 
 class ShellTest(_InFolderTestCase):
     @parameterized.named_parameters(
-        *_having("bash", "", "flags", "skip", "quick", "worker")
+        *_having("bash", "", "flags", "skip", "installed", "quick", "worker")
     )
     def test_flags(self, page):
         texts = [b.text for b in code_blocks.read(page) if b.language == "bash"]
@@ -170,11 +175,13 @@ class ShellTest(_InFolderTestCase):
     def test_quick_blocks_run(self, page):
         _run_all(page, os.getcwd(), ("quick",))
 
-    @parameterized.named_parameters(*_having("bash", "", "quick", "worker"))
+    @parameterized.named_parameters(
+        *_having("bash", "", "installed", "quick", "worker")
+    )
     @pytest.mark.slow
     @pytest.mark.timeout(1200)
     def test_blocks_run(self, page):
-        _run_all(page, os.getcwd(), ("", "quick", "worker"))
+        _run_all(page, os.getcwd(), ("", "installed", "quick", "worker"))
 
     def test_wrong_flag_is_found(self):
         for command in (
@@ -202,7 +209,8 @@ class PagesTest(parameterized.TestCase):
                         *itertools.product(("", "text", "yaml"), [""]),
                         *itertools.product(("python",), ("", "file", "skip")),
                         *itertools.product(
-                            ("bash",), ("", "flags", "skip", "quick", "worker")
+                            ("bash",),
+                            ("", "flags", "skip", "installed", "quick", "worker"),
                         ),
                     },
                     f"{block.place}: see tests/code_blocks.py.",
@@ -216,7 +224,7 @@ class PagesTest(parameterized.TestCase):
     def test_what_is_skipped_has_a_reason_and_is_little(self):
         blocks = [block for page in _PAGES for block in code_blocks.read(page)]
         for block in blocks:
-            if block.note in ("skip", "flags", "file", "worker"):
+            if block.note in ("skip", "flags", "installed", "file", "worker"):
                 self.assertNotEmpty(block.detail, block.place)
         skipped = [block for block in blocks if block.note == "skip"]
         elsewhere = [re.findall(r"tests/\S+\.py", b.detail) for b in skipped]
