@@ -62,6 +62,8 @@ def _regularised():
 
 
 class AddsLoss(keras.Model):
+    added = staticmethod(keras.ops.sum)
+
     def __init__(self):
         super().__init__()
         self.hidden = layers.Dense(5)
@@ -73,7 +75,7 @@ class AddsLoss(keras.Model):
 
     def call(self, x):
         hidden = self.hidden(x)
-        self.add_loss(0.1 * keras.ops.sum(hidden**2))
+        self.add_loss(0.1 * self.added(hidden**2))
         return self.out(hidden)
 
 
@@ -122,6 +124,10 @@ class OwnComputesLoss(Own):
             else:
                 metric.update_state(y, predicted)
         return {metric.name: metric.result() for metric in self.metrics}
+
+
+class AddsMean(OwnComputesLoss):
+    added = staticmethod(keras.ops.mean)
 
 
 class AutoEncoder(keras.Model):
@@ -237,6 +243,8 @@ _CASES = {
     "loss_scale_optimizer": {"optimizer": _scaled()},
     "mixed_float16": {"policy": "mixed_float16"},
     "mixed_bfloat16": {"policy": "mixed_bfloat16"},
+    "float64": {"policy": "float64"},
+    "float16": {"policy": "float16"},
     "regularisers": {"model": _regularised},
     "add_loss": {"model": AddsLoss},
     "add_loss_alone": {"model": AddsLoss, "loss": lambda: None},
@@ -253,6 +261,9 @@ _CASES = {
     "loss_weights": {"compile": {"loss_weights": 0.3}},
     "own_loss": {"loss": OwnLoss},
     "own_loss_function": {"loss": lambda: _own_function},
+    "own_loss_of_a_batch": {
+        "loss": lambda: lambda y, predicted: keras.ops.mean(_own_function(y, predicted))
+    },
     "own_train_step": {"model": Own, "metrics": None},
     "own_train_step_sum": {"model": OwnSum, "metrics": None},
     "own_train_step_per_example": {"model": OwnPerExample, "metrics": None},
@@ -263,6 +274,8 @@ _CASES = {
     },
     "own_train_step_computes_loss": {"model": OwnComputesLoss},
     "own_train_step_scaled": {"model": OwnComputesLoss, "optimizer": _scaled()},
+    "add_loss_mean": {"model": AddsMean},
+    "add_loss_mean_scaled": {"model": AddsMean, "optimizer": _scaled()},
     "auto_encoder": {"model": AutoEncoder, "evaluated": False},
     "adversaries": {"model": Adversaries, "evaluated": False},
     "no_trainable_weights": {"model": _frozen},
@@ -332,34 +345,58 @@ class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
 _SHARED = (
     "clipnorm",
     "global_clipnorm",
+    "clipnorm_embedding",
     "clipvalue_adam",
     "accumulation",
     "loss_scale_optimizer",
     "regularisers",
     "sum",
+    "mean",
+    "none",
+    "own_loss",
+    "own_loss_function",
+    "own_loss_of_a_batch",
+    "own_train_step",
+    "own_train_step_clipped",
+    "add_loss_mean",
+    "add_loss_mean_scaled",
+    "auto_encoder",
 )
+_SHARING = {"swarm": {"share_gradients": True}, "island": {"particle": "worker"}}
 
 
 class SharedGradientsTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.parameters(*_SHARED)
-    def test_all_replicas_are_as_plain_keras_on_all_rows(self, name):
+    @parameterized.product(name=_SHARED, sharing=tuple(_SHARING))
+    def test_all_replicas_are_as_plain_keras_on_all_rows(self, name, sharing):
         """Clipping sees the whole gradient, as nowhere else under Keras' strategies."""
-        (expected,) = _fit_all_rows(None, _CASES[name])
-        shared = tf_psops.SwarmStrategy.in_process(2, share_gradients=True)
-        for weights in _fit_all_rows(shared, _CASES[name]):
+        (expected,), history = _fit_all_rows(None, _CASES[name])
+        shared = tf_psops.SwarmStrategy.in_process(2, **_SHARING[sharing])
+        found, found_history = _fit_all_rows(shared, _CASES[name])
+        for weights in found:
             self.assertAllClose(weights, expected, rtol=1e-4, atol=1e-5)
+        self.assertAllClose(found_history, history, rtol=1e-4)
 
     def test_two_workers(self):
-        names = "global_clipnorm", "accumulation", "loss_scale_optimizer"
+        names = (
+            "global_clipnorm", "accumulation", "loss_scale_optimizer", "sum",
+            "own_train_step",
+        )  # fmt: skip
         results = clusters.run(_share_on_worker, 2, names, timeout=240)
         for name, *workers in zip(names, *results):
-            (expected,) = _fit_all_rows(None, _CASES[name])
-            for weights in np.concatenate(workers):
-                self.assertAllClose(weights, expected, rtol=1e-4, atol=1e-5, msg=name)
+            (expected,), history = _fit_all_rows(None, _CASES[name])
+            for weights, found_history in workers:
+                self.assertAllClose(
+                    weights[0], expected, rtol=1e-4, atol=1e-5, msg=name
+                )
+                self.assertAllClose(found_history, history, rtol=1e-4, msg=name)
 
 
 def _fit_all_rows(strategy, case):
-    """Trains on rows that differ between replicas; returns the weights of each."""
+    """Trains on rows that differ between replicas.
+
+    Returns:
+        The weights of each replica, and the history.
+    """
     x = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
     data = tf.data.Dataset.from_tensor_slices((x, x.argmax(-1) % 3)).batch(4)
     keras.utils.set_random_seed(1)
@@ -368,10 +405,11 @@ def _fit_all_rows(strategy, case):
         model.compile(
             case.get("optimizer", _optimizer())(), case.get("loss", _loss())()
         )
-    model.fit(data, verbose=0)
+    history = model.fit(data, verbose=0).history
     if strategy:
-        return swarms.weights(model)
-    return [np.concatenate([v.numpy().ravel() for v in model.trainable_variables])]
+        return swarms.weights(model), history
+    weights = [v.numpy().ravel() for v in model.trainable_variables]
+    return [np.concatenate(weights)], history
 
 
 def _share_on_worker(names):

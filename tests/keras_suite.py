@@ -10,10 +10,7 @@ particles (replicas) in one process, and each `fit` under a `SwarmStrategy` gets
 `PSOSync` that averages after every execution. Prints how many tests passed, and every
 one that fails under the swarm and not without a strategy: with the reason, where that
 is known and no fault (`tests/keras_suite_reasons.py`), and else as unexplained. The
-exit code says whether any is.
-
-Many of the tests compile their model with XLA, which is refused for several particles
-of one process: those that are about something else run without it.
+exit code says whether any is. A reason that no failure needs is an error as well.
 """
 
 import argparse
@@ -154,7 +151,6 @@ def _run_here(path, name, out):
         strategy = tf_psops.SwarmStrategy(devices)
     if name == "swarm":
         _synchronise()
-        _leave_xla_out()
     if strategy:
         _enter(strategy)
     with tempfile.TemporaryDirectory() as folder:
@@ -189,19 +185,6 @@ def _synchronise():
     trainer.TensorFlowTrainer.fit = fit_in_step
 
 
-def _leave_xla_out():
-    """Lets models be compiled without XLA in tests that are not about it."""
-    from keras.src.trainers import trainer
-
-    jit_compile = trainer.Trainer.jit_compile
-
-    def set_jit_compile(self, value):
-        about_xla = "jit" in os.environ["PYTEST_CURRENT_TEST"]
-        jit_compile.fset(self, value if about_xla else False)
-
-    trainer.Trainer.jit_compile = jit_compile.setter(set_jit_compile)
-
-
 def unexplained(results):
     """Returns the tests that fail only under a swarm, without a reason.
 
@@ -217,8 +200,33 @@ def unexplained(results):
     }
 
 
-def _print(group, results):
-    without_fault = unexplained(results)
+def idle_reasons(results):
+    """Returns the reasons, of files that ran, that a test has without need, or none.
+
+    Args:
+        results: A dict from a strategy's name to what `run` returns.
+
+    Returns:
+        A dict from a pattern to the tests that it names and that need none.
+    """
+    files = {name.partition("::")[0] for name in results["swarm"]}
+    idle = {}
+    for pattern in keras_suite_reasons.patterns():
+        if pattern.partition("::")[0] not in files:
+            continue
+        named = keras_suite_reasons.named(pattern, results["swarm"])
+        needless = [
+            name
+            for name in named
+            if results["swarm"][name] in ("passed", "skipped")
+            or results["none"].get(name) != "passed"
+        ]
+        if needless or not named:
+            idle[pattern] = needless
+    return idle
+
+
+def _print(group, results, faults):
     print(f"\n{group:14}{'passed':>8}{'failed':>8}{'refused':>9}{'skipped':>9}")
     for strategy, found in results.items():
         ends = list(found.values())
@@ -237,8 +245,9 @@ def _print(group, results):
             print(f"  also without a strategy: {name}")
         elif reason:
             print(f"  refused: {name}\n      {reason}")
-    for name, result in without_fault.items():
-        print(f"  UNEXPLAINED: {name}\n      {result}")
+    for what, found in faults.items():
+        for name, why in found.items():
+            print(f"  {what}: {name}\n      {why}")
 
 
 def main():
@@ -253,13 +262,18 @@ def main():
     strategies = args.strategies.split(",")
     if args.file:
         return _run_here(args.file, strategies[0], args.out)
-    bad = {}
+    any_fault = False
     for group in [args.only] if args.only else _GROUPS:
         results = {strategy: run(group, strategy) for strategy in strategies}
+        faults = {}
         if {"none", "swarm"} <= results.keys():
-            bad.update(unexplained(results))
-        _print(group, results)
-    return bool(bad)
+            faults = {
+                "UNEXPLAINED": unexplained(results),
+                "IDLE REASON": idle_reasons(results),
+            }
+        _print(group, results, faults)
+        any_fault |= any(faults.values())
+    return any_fault
 
 
 if __name__ == "__main__":

@@ -6,10 +6,6 @@ _OWN_COPIES = (
     "Each particle has a copy of its own of each variable, and draws random numbers of "
     "its own."
 )
-_XLA = (
-    "XLA cannot compile for several devices of one CPU. `PSOSync` refuses it there; it "
-    "works with one particle in each process."
-)
 _OWN_GRADIENTS = (
     "The test expects the sum of all replicas' gradients. A particle trains on its own."
 )
@@ -66,8 +62,17 @@ _REASONS = {
     ),
     "backend/tensorflow/distribute_test.py::*test_seed_generator": _OWN_COPIES,
     "backend/tensorflow/distribute_test.py::*test_variable_[acs]*": _OWN_COPIES,
-    "trainers/trainer_test.py::*_jit": _XLA,
 }
+
+
+def patterns():
+    """Returns the patterns of the names of all tests that have a reason."""
+    return list(_REASONS)
+
+
+def named(pattern, names):
+    """Returns those of some names that a pattern is of."""
+    return [name for name in names if fnmatch.fnmatchcase(name, pattern)]
 
 
 def reason(name):

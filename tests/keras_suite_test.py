@@ -14,6 +14,7 @@ class KerasSuiteTest(parameterized.TestCase):
         results = {name: keras_suite.run(group, name) for name in ("none", "swarm")}
         self.assertIn("passed", results["swarm"].values())
         self.assertEmpty(keras_suite.unexplained(results))
+        self.assertEmpty(keras_suite.idle_reasons(results))
 
 
 if __name__ == "__main__":

@@ -230,10 +230,6 @@ _TRAINING = {
         RuntimeError, "Unable to automatically build the model", "Please build it",
         "what call does",
     ),
-    "jit_compile_of_two_particles": (
-        lambda: misuses.fit(misuses.swarm(jit_compile=True)),
-        ValueError, "XLA", "jit_compile=True with 2 local", "jit_compile=False",
-    ),
     "steps_per_execution": (
         lambda: misuses.fit(misuses.swarm(steps_per_execution=2), tf_psops.PSOSync(3)),
         ValueError, "sync_every=3", "steps_per_execution=2", "as a multiple",

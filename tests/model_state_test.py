@@ -636,6 +636,18 @@ class MadeOutsideTest(_Case):
         ):
             self.fit(keras.Input([4]), layer)
 
+    def test_what_is_trained(self):
+        with self.strategy.scope():
+            model = keras.Sequential([keras.Input([4]), layers.Dense(1)])
+        model.layers[0].enable_lora(2)
+        with self.strategy.scope():
+            model.compile("sgd", "mse")
+        for train in (model.fit, model.train_on_batch, model.evaluate):
+            with self.assertRaisesRegex(
+                ValueError, "not made in the scope.*Received: '.*lora.*inside `with"
+            ):
+                train(np.ones([4, 4]), np.ones([4, 1]))
+
     def test_a_metric(self):
         metric = keras.metrics.MeanAbsoluteError(name="mine")
         with self.assertRaisesRegex(ValueError, "outside of the scope.*'mine/"):

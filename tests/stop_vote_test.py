@@ -194,6 +194,42 @@ class StopTogetherTest(tf.test.TestCase, parameterized.TestCase):
         self.assertTrue(np.isfinite(model.get_weights()[0]).all())
         self.assertEqual(result["num_syncs"], 4 // every - (every == 1))
 
+    @parameterized.product(
+        every=(1, 3, 100),
+        use_ema=(True, False),
+        non_trainable=("average", "local"),
+    )
+    def test_all_state_is_that_from_before_it_was_nan(
+        self, every, use_ema, non_trainable
+    ):
+        keras.utils.set_random_seed(1)
+        with tf_psops.SwarmStrategy.in_process(2).scope():
+            model = swarms.compiled(
+                swarms.dense(layers.BatchNormalization()),
+                keras.optimizers.SGD(0.1, use_ema=use_ema),
+            )
+        x, y = swarms.arrays(_STEPS)
+        x[16:] = np.inf
+        sync = tf_psops.PSOSync(
+            every, tf_psops.ParameterAverage(), non_trainable=non_trainable
+        )
+        data = tf.data.Dataset.from_tensor_slices((x, y)).batch(2 * swarms.ROWS)
+        swarms.fit(model, data, keras.callbacks.TerminateOnNaN(), sync)
+        for variable in model.variables:
+            if "seed" not in variable.path:
+                first, second = swarms.local(model, variable)
+                self.assertTrue(np.isfinite(first).all(), variable.path)
+                self.assertAllEqual(first, second, variable.path)
+
+    def test_moving_averages_that_are_nan_are_an_error_without_it(self):
+        model = swarms.swarm(
+            optimizer=lambda rate: keras.optimizers.SGD(rate, use_ema=True)
+        )
+        x, y = swarms.arrays(1)
+        data = tf.data.Dataset.from_tensors((x * np.inf, y))
+        with self.assertRaisesRegex(FloatingPointError, "end of training.*learning"):
+            swarms.fit(model, data, tf_psops.PSOSync(5))
+
     @parameterized.parameters(0, 1)
     def test_history_tells_of_the_loss_that_ended_training(self, delay):
         model = swarms.swarm()

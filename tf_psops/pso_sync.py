@@ -71,8 +71,10 @@ class PSOSync(keras.callbacks.Callback):
             as BatchNormalization's moving statistics, a teacher network, or weights
             that another optimizer than the model's trains, at a synchronisation:
             "average" averages it over the swarm, "local" leaves it to each particle
-            until training closes, which averages it. Integer state, such as random
-            seeds, and the states of stateful layers stay local. Defaults to "average".
+            until training closes, which averages it. What has no mean (whole numbers,
+            bools) stays local until then, when all take the first particle's; random
+            seeds and the states of stateful layers stay local. Defaults to
+            "average".
         optimizer_slots: What happens to all optimizers' slots, such as momentum:
             "local" leaves them to each particle, "average" averages them ("Local
             Adam"), at the cost of as much traffic again for each slot. "rescale" is for
@@ -152,11 +154,10 @@ class PSOSync(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is out of its range; when training begins, if the
             model or its optimizer was not made in the scope of a `SwarmStrategy`, if
-            XLA is to compile what it cannot, if another callback does not fit, if the
-            workers have different models or arguments, or if a backup is damaged or of
-            another swarm; and during training, if a synchronisation does not fall on
-            the end of an execution of `steps_per_execution` steps, or the rule returns
-            what it must not.
+            another callback does not fit, if the workers have different models or
+            arguments, or if a backup is damaged or of another swarm; and during
+            training, if a synchronisation does not fall on the end of an execution of
+            `steps_per_execution` steps, or the rule returns what it must not.
         FloatingPointError: During training, if no particle is in good health, or the
             rule gives one a position that is not finite.
         OSError: If a backup cannot be written.
@@ -290,7 +291,6 @@ class PSOSync(keras.callbacks.Callback):
             self.model.steps_per_execution, sync_every=self.sync_every, delay=self.delay
         )
         fit_checks.check_scope(self.model)
-        fit_checks.check_compilation(self.model)
         # A later `fit` of the same compiled model goes on with what was traced.
         loss_tracker = tensorflow_internals.means(self.model)[0]
         compiled = (self.model, self.model.optimizer, loss_tracker)
@@ -405,7 +405,10 @@ class PSOSync(keras.callbacks.Callback):
         at_sync = not (averaged or self._diverged)
         self._resume_state.end(self._place() if at_sync else None)
         with self._barrier("the end of training"):
-            self._synchronizer.close(take_mean=averaged)
+            if self._diverged:
+                self._synchronizer.close_on_last()
+            else:
+                self._synchronizer.close(averaged, forgives=self._stops_on_nan)
         self._history = None
         if self._summaries:
             self._summaries.close()

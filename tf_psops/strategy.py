@@ -49,9 +49,10 @@ class SwarmStrategy(tf.distribute.Strategy):
         cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`.
             Defaults to `TF_CONFIG`; without it the swarm lives in this process.
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
-        share_gradients: Whether the gradients are all-reduced at every step, for
+        share_gradients: Whether the gradients are averaged at every step, for
             synchronous SGD, to compare with. The swarm then stays together without
-            `PSOSync`. Defaults to `False`.
+            `PSOSync`. Losses are taken to be means over the rows, but compiled ones
+            with reduction "sum" or `None`. Defaults to `False`.
         timeout: Seconds to wait for the other workers wherever they meet after the
             start: at a synchronisation, a metric of the whole swarm, new variables.
             It must be more than anything takes that one worker does alone, such as to
@@ -237,15 +238,16 @@ class SwarmStrategy(tf.distribute.Strategy):
 
     @property
     def num_replicas_in_sync(self) -> int:
-        """Returns the number of particles; inside `run`, of those that share gradients.
+        """Returns the number of replicas; inside `run` 1.
 
-        Inside a replica Keras divides the loss by it, to sum the gradients over as many
-        later. A particle trains alone: what is done to its loss and its gradients
-        before that sum, such as clipping, must not see a part of them.
+        Inside a replica Keras divides its own losses, and no others, by it, to sum the
+        gradients over as many later. A particle trains alone, and replicas that share
+        gradients average them: what is done to a loss and its gradients, such as
+        clipping, must not see a part of them.
         """
         context = tf.distribute.get_replica_context()
         if context is not None and context.strategy is self:
-            return self.extended.replicas_per_particle
+            return 1
         return super().num_replicas_in_sync
 
     @property
@@ -362,6 +364,37 @@ class SwarmStrategy(tf.distribute.Strategy):
             return None
         copies = getattr(variable, "values", None) or [variable]
         return any(id(copy.handle) in written for copy in copies)
+
+    def mean_of_logs(self, logs: Any) -> Any:
+        """Returns logs of Keras with the means over the workers of all float scalars.
+
+        All workers must call it at the same time.
+
+        Args:
+            logs: What this worker's training or test steps have returned, a dict from
+                names to numbers and tensors, or anything else.
+        """
+        if self.peers is None or not isinstance(logs, dict):
+            return logs
+        scalars = {
+            name: tensor
+            for name, value in logs.items()
+            if not tf.nest.is_nested(value)
+            and (tensor := tf.convert_to_tensor(value)).dtype.is_floating
+            and not tensor.shape.rank
+        }
+        if not scalars:
+            return logs
+        mine = tf.stack([tf.cast(value, tf.float64) for value in scalars.values()])
+        with self.barrier("the logs of an epoch, or an evaluation"):
+            means = self.collectives.reduce(mine, mean=True)
+        return {
+            **logs,
+            **{
+                name: tf.cast(mean, value.dtype)
+                for (name, value), mean in zip(scalars.items(), tf.unstack(means))
+            },
+        }
 
     def reduce(self, reduce_op: Any, value: Any, axis: int | None) -> Any:
         """Reduces a value over all replicas; see `tf.distribute.Strategy.reduce`.

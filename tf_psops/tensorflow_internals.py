@@ -15,14 +15,17 @@ Private names used, and why no public one serves:
     serve for the way without it.
   * `Dataset._functions` and `Dataset._inputs` tell which data sets run Python code.
   * `TensorFlowTrainer.predict` and `_maybe_symbolic_build`: where Keras decides which
-    rows a model predicts, and draws a batch to build it.
+    rows a model predicts, and draws a batch to build it. And its `jit_compile`, which
+    knows what XLA cannot compile, but not of several devices, and
+    `_get_metrics_result_or_logs`, where it decides what the history says.
   * `multi_device_iterator_ops._create_device_dataset` makes the data sets that hand
     batches to several local GPUs. See `_without_tuning`.
   * `auto_control_deps_utils.get_read_write_resource_inputs` alone tells which variables
     a traced function writes, through all functions that it calls.
   * `values.SyncOnReadVariable` is the class of a variable that each replica has a copy
     of. See `SwarmVariable`.
-  * The `apply` of Keras' optimizers is public, but replaced. See `_reducing_first`.
+  * The `apply` of Keras' optimizers is public, but replaced. See `_reducing_first`; and
+    `_of_all_rows` for `keras.src.losses.loss.reduce_values` and `CompileLoss`.
 """
 
 import collections
@@ -39,6 +42,8 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
+from keras.src.losses import loss as loss_lib
+from keras.src.trainers import compile_utils
 from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.data.ops import multi_device_iterator_ops
 from tensorflow.python.distribute import (
@@ -322,6 +327,12 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             return self._num_replicas_in_sync
         return self._container_strategy().local_replicas_per_particle
 
+    @property
+    def supports_jit(self):
+        """Tells whether XLA can compile the steps of a model."""
+        alone = not (self._share_gradients and self._num_workers > 1)
+        return alone and len(self.worker_devices) == 1
+
     def _replica_ctx_all_reduce(self, reduce_op, value, options=None):
         """Reduces over the replicas of one particle: over one, no collective runs."""
         if self.replicas_per_particle == 1 or _reduced.get():
@@ -518,6 +529,7 @@ def _build_without_data(maybe_symbolic_build):
     @functools.wraps(maybe_symbolic_build)
     def build(self, iterator=None, data_batch=None):
         if isinstance(self.distribute_strategy.extended, SwarmExtended):
+            _check_trained(self)
             if type(self).call is keras.Model.call:
                 if self.optimizer is not None and not self.optimizer.built:
                     with self.distribute_strategy.scope():
@@ -530,6 +542,21 @@ def _build_without_data(maybe_symbolic_build):
         maybe_symbolic_build(self, iterator=iterator, data_batch=data_batch)
 
     return build
+
+
+def _check_trained(model):
+    """Raises a `ValueError` before an optimizer is built that cannot train a model."""
+    if model.optimizer is None or model.optimizer.built:
+        return
+    for variable in model.trainable_variables:
+        owner = getattr(variable.value, "distribute_strategy", None)
+        if owner is not model.distribute_strategy:
+            raise ValueError(
+                "A swarm cannot train a variable that was not made in the scope of its "
+                f"SwarmStrategy. Received: {variable.path!r} of model {model.name!r}. "
+                "Make it inside `with strategy.scope():` (also what `enable_lora` and "
+                "the like add to a layer), or set `trainable = False` on its layer."
+            )
 
 
 def _known_batch(iterator):
@@ -568,7 +595,46 @@ def _predict_split_batch(predict_on_batch):
     return predict_split_batch
 
 
+def _of_all_workers(result_or_logs):
+    """Lets what a step returns beside metrics be the mean over all workers.
+
+    Keras makes it the mean over the local devices. Metrics ask the others anyway.
+    """
+
+    @functools.wraps(result_or_logs)
+    def get(self, logs):
+        result = result_or_logs(self, logs)
+        strategy = self.distribute_strategy
+        if result is logs and isinstance(strategy.extended, SwarmExtended):
+            return strategy.mean_of_logs(logs)
+        return result
+
+    return get
+
+
+def _set_jit_compile(self, value):
+    """Goes on without XLA where it cannot compile, as Keras does for some layers."""
+    extended = self.distribute_strategy.extended
+    if value and isinstance(extended, SwarmExtended) and not extended.supports_jit:
+        logging.warning(
+            "XLA cannot compile the steps of several devices of one process, nor "
+            "gradients that processes share. Received: jit_compile=%s with %d local "
+            "devices. Model %r goes on with jit_compile=False. For XLA, start a "
+            "process for each particle.",
+            value,
+            len(extended.worker_devices),
+            self.name,
+        )
+        value = False
+    _jit_compile.fset(self, value)
+
+
 _Trainer = tensorflow_trainer.TensorFlowTrainer
+_Trainer._get_metrics_result_or_logs = _of_all_workers(
+    _Trainer._get_metrics_result_or_logs
+)
+_jit_compile = _Trainer.jit_compile
+_Trainer.jit_compile = _jit_compile.setter(_set_jit_compile)
 _Trainer.predict_on_batch = _predict_split_batch(_Trainer.predict_on_batch)
 _Trainer.predict = _predict_every_row(_Trainer.predict)
 _Trainer._maybe_symbolic_build = _build_without_data(_Trainer._maybe_symbolic_build)
@@ -626,9 +692,10 @@ def known_to_all(error):
 
 
 def _reducing_first(apply):
-    """Sums the gradients of replicas that share them before anything else sees them.
+    """Averages the gradients of replicas that share them before all else sees them.
 
-    Keras sums them last, so that each replica clips, checks and accumulates its part.
+    Keras sums them last, so that each replica clips, checks and accumulates its part,
+    and lets its own losses, but not a user's function, be a part of the whole.
     """
 
     @functools.wraps(apply)
@@ -643,10 +710,10 @@ def _reducing_first(apply):
             return apply(self, grads, trainable_variables)
         grads = list(grads)
         there = [place for place, grad in enumerate(grads) if grad is not None]
-        sums = replica.all_reduce(
-            tf.distribute.ReduceOp.SUM, [grads[place] for place in there]
+        means = replica.all_reduce(
+            tf.distribute.ReduceOp.MEAN, [grads[place] for place in there]
         )
-        for place, grad in zip(there, sums):
+        for place, grad in zip(there, means):
             grads[place] = grad
         token = _reduced.set(True)
         try:
@@ -665,6 +732,48 @@ for _optimizer in (
     keras.optimizers.LossScaleOptimizer,
 ):
     _optimizer.apply = _reducing_first(_optimizer.apply)
+
+
+def _replicas_per_particle():
+    """Returns how many replicas average the gradients of the one that asks."""
+    replica = tf.distribute.get_replica_context()
+    extended = replica and replica.strategy.extended
+    return extended.replicas_per_particle if isinstance(extended, SwarmExtended) else 1
+
+
+def _of_all_rows(reduce_values):
+    """Lets the sum of a loss be that over all replicas of a particle.
+
+    Their gradients are averaged, as suits a mean over the rows.
+    """
+
+    @functools.wraps(reduce_values)
+    def reduce(values, sample_weight=None, reduction="sum_over_batch_size"):
+        loss = reduce_values(values, sample_weight, reduction)
+        if reduction == "sum" and values.shape.rank:
+            return loss * _replicas_per_particle()
+        return loss
+
+    return reduce
+
+
+def _with_gradients_of_sums(call):
+    """Does so for a compiled loss without reduction, of which Keras trains the sum."""
+
+    @functools.wraps(call)
+    def compute(*args, **kwargs):
+        loss = call(*args, **kwargs)
+        more = _replicas_per_particle() - 1
+        if not more or not loss.shape.rank:
+            return loss
+        return loss + more * (loss - tf.stop_gradient(loss))
+
+    return compute
+
+
+loss_lib.reduce_values = _of_all_rows(loss_lib.reduce_values)
+_CompileLoss = compile_utils.CompileLoss
+_CompileLoss.call = _with_gradients_of_sums(_CompileLoss.call)
 
 
 def calling_list(callback):

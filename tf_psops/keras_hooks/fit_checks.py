@@ -88,17 +88,6 @@ def check_scope(model):
                 )
 
 
-def check_compilation(model):
-    """Raises a `ValueError` if XLA is to compile a training that it cannot."""
-    particles = len(model.distribute_strategy.extended.worker_devices)
-    if model.jit_compile and particles > 1:
-        raise ValueError(
-            "XLA cannot compile the training of several particles in one process. "
-            f"Received: jit_compile=True with {particles} local particles. Compile "
-            "the model with jit_compile=False."
-        )
-
-
 def settings(model):
     """Returns what of a model has to be the same on all workers."""
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)

@@ -20,6 +20,8 @@ class ModelState(NamedTuple):
         state: Further float variables, but those of optimizers and metrics.
         moved: Those of `state` that the traced training step writes: moving statistics,
             teacher networks, weights that another optimizer trains.
+        counts: Further variables that are not float, but seeds and those of optimizers
+            and metrics.
         slots: The slots of all optimizers, but moving averages of weights.
         fresh: The number that each of the slots holds before training.
         averages: Moving averages of weights (`use_ema`), as pairs with the weight.
@@ -32,6 +34,7 @@ class ModelState(NamedTuple):
     weights: list
     state: list
     moved: list
+    counts: list
     slots: list
     fresh: list
     averages: list
@@ -42,7 +45,7 @@ class ModelState(NamedTuple):
     @property
     def identity(self):
         """Returns what is the same for two that need the same of a synchronisation."""
-        sorts = self.weights, self.state, self.moved, self.slots
+        sorts = self.weights, self.state, self.moved, self.counts, self.slots
         averages = [average for _, average in self.averages]
         return [[id(variable) for variable in sort] for sort in (*sorts, averages)]
 
@@ -115,6 +118,11 @@ def find(strategy, model, before=None):
         state=state,
         # Where nobody knows, any of them.
         moved=[v for v in state if strategy.is_written(model, v) is not False],
+        counts=[
+            v
+            for v in variables
+            if not v.dtype.is_floating and id(v) not in no_state | set(map(id, seeds))
+        ],
         slots=[slot for slot, _ in slots],
         fresh=[fresh.get(id(slot), value) for slot, value in slots],
         averages=averages,

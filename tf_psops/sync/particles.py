@@ -165,6 +165,27 @@ class Particles:
             return [*self._model_state.weights, *self._model_state.state]
         return self._still
 
+    def counts(self):
+        """Returns the variables of state that have no mean."""
+        return self._model_state.counts
+
+    def forget_training(self):
+        """Gives all particles what was agreed on, and begun with where nothing was."""
+        self._show_all()
+        for variable in self._model_state.moved:
+            value = self._start.get(id(variable))
+            if value is not None:
+                for copy in self._copies(variable):
+                    copy.assign(value)
+        self.each(self.restart_averages)
+
+    def take_first(self, variables):
+        """Gives all local particles the first one's values of some variables."""
+        for variable in variables:
+            first, *others = self._copies(variable)
+            for copy in others:
+                copy.assign(first.read_value())
+
     def digests(self, variables):
         """Returns for each replica a number for each of some variables.
 
@@ -222,6 +243,9 @@ class Particles:
             previous: Other `Particles`, of fewer variables.
         """
         known = previous.agreed_values()
+        alone = {id(variable) for variable in self._model_state.moved}
+        alone -= set(map(id, self._state.order))
+        self._start = {key: value for key, value in known.items() if key in alone}
         self._heeds_what_is_set = previous._heeds_what_is_set
         self._set = previous._set
 

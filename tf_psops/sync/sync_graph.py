@@ -1,5 +1,7 @@
 """What of a synchronisation TensorFlow runs: its traced functions."""
 
+import math
+
 import tensorflow as tf
 
 from tf_psops.rules import rule as rule_lib
@@ -77,7 +79,7 @@ class SyncGraph:
             unknown = sound & ~self._loss_tracker.knows_loss(sums[replica])
             state, offer = self._rule.offer(particles.state(replica), position, fitness)
             row = (
-                tf.where(unknown, float("nan"), fitness),
+                tf.where(unknown, tf.cast(math.nan, fitness.dtype), fitness),
                 offer.score,
                 self._loss_tracker.steps(replica),
                 distance,
@@ -218,9 +220,10 @@ class SyncGraph:
                 the rule agreed on.
 
         Returns:
-            Whether that position is finite, for each local particle.
+            Whether that position is finite, for each local particle; and whether any
+            of all particles was in good health, `True` unless the mean is taken.
         """
-        particles = self._particles
+        particles, any_healthy = self._particles, tf.constant(True)
         positions = particles.each(
             particles.weights.pack if take_mean else particles.agreed_position
         )
@@ -237,10 +240,12 @@ class SyncGraph:
             positions, states = self._collectives.mean_of_both(
                 positions, states, healthy
             )
+            if take_mean:
+                any_healthy = tf.reduce_any(healthy)
 
         def take(replica):
             particles.weights.unpack(replica, positions[replica])
             apart.unpack(replica, states[replica])
             return divergence.is_finite(positions[replica])
 
-        return particles.each(take)
+        return particles.each(take), any_healthy

@@ -13,6 +13,7 @@ from tf_psops.sync.compiled_rule import CompiledRule
 from tf_psops.sync.particles import Particles
 from tf_psops.sync.reduction import Reduction
 from tf_psops.sync.sync_graph import SyncGraph
+from tf_psops.transport import initial_values
 
 # What a swarm has of its past besides the particles.
 _PROGRESS = ("num_syncs", "num_diverged", "bytes_moved", "_sent")
@@ -284,22 +285,49 @@ class Synchronizer:
         self._apart = False
         self._particles.heed_what_is_set(False)
 
-    def close(self, take_mean):
+    def close(self, take_mean, forgives=False):
         """Puts all particles on the position that stands for the swarm.
 
         Args:
             take_mean: Whether that is the mean of the positions as they are now, for
                 weights that are moving averages, and not what the rule agreed on.
+            forgives: Whether this worker would go on from what was agreed on last where
+                no particle is left in good health. One of all workers suffices.
         """
-        finite = self._graph.close(take_mean)
+        finite, any_healthy = self._graph.close(take_mean)
+        if not any_healthy:
+            if not self.any_worker(forgives):
+                raise divergence.AllDivergedError(
+                    "No particle has finite weights, or moving averages of them, at "
+                    "the end of training. Lower the learning rate, or clip the "
+                    "gradients.",
+                    0,
+                )
+            self.close_on_last()
+            return
         # After the last synchronisation, as in a last validation.
         was_set = not take_mean and self._particles.assign_set()
         self._average_what_differs(self.any_worker(was_set))
+        self._take_counts()
         self._end_training()
         self._check_finite(finite, "agreed")
         if take_mean:
             self.num_syncs += 1
             self.bytes_moved += self._particles.weights.num_bytes
+
+    def close_on_last(self):
+        """Puts all particles on what was agreed on last, with the state of then."""
+        self.drop()
+        self._particles.forget_training()
+        self._take_counts()
+        self._end_training()
+
+    def _take_counts(self):
+        """Takes the first particle's values of what has no mean."""
+        counts = self._particles.counts()
+        self._particles.take_first(counts)
+        if counts and self._strategy.peers:
+            initial_values.share(self._strategy, counts)
 
     @contextlib.contextmanager
     def agreed(self):
