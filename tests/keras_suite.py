@@ -5,12 +5,13 @@ python -m tests.keras_suite
 python -m tests.keras_suite --only=callbacks --strategies=none,swarm
 ```
 
-The installed Keras brings its tests along. Each runs in the scope of a strategy of two
-particles (replicas) in one process, and each `fit` under a `SwarmStrategy` gets a
-`PSOSync` that averages after every execution. Prints how many tests passed, and every
-one that fails under the swarm and not without a strategy: with the reason, where that
-is known and no fault (`tests/keras_suite_reasons.py`), and else as unexplained. The
-exit code says whether any is. A reason that no failure needs is an error as well.
+The installed Keras brings its tests along. Each begins with the same random seed, and
+runs in the scope of a strategy of two particles (replicas) in one process. Each `fit`
+under a `SwarmStrategy` gets a `PSOSync` that averages after every execution. Prints how
+many tests passed, and every one that fails under the swarm and not without a strategy:
+with the reason, where that is known and no fault (`tests/keras_suite_reasons.py`), and
+else as unexplained. The exit code says whether any is. A reason that no failure needs
+is an error as well.
 """
 
 import argparse
@@ -105,14 +106,18 @@ class _Notes:
             file.write(json.dumps([name, result]) + "\n")
 
 
-def _enter(strategy):
-    """Lets each test run in the scope of a strategy, once Keras has cleared it."""
+def _set_up_each(strategy):
+    """Lets each test begin with one seed, in the scope of a strategy if given."""
+    import keras
     from keras.src import testing
 
     set_up = testing.TestCase.setUp
 
     def set_up_in_scope(self):
-        set_up(self)
+        set_up(self)  # Clears Keras.
+        keras.utils.set_random_seed(1)
+        if strategy is None:
+            return
         scope = strategy.scope()
         scope.__enter__()
 
@@ -132,6 +137,7 @@ def _run_here(path, name, out):
     import tensorflow as tf
 
     import tf_psops
+    from tf_psops.keras_hooks import swarm_summaries
 
     if importlib.util.find_spec("jax") is None:
         # Keras' tests of all backends import it.
@@ -151,8 +157,9 @@ def _run_here(path, name, out):
         strategy = tf_psops.SwarmStrategy(devices)
     if name == "swarm":
         _synchronise()
-    if strategy:
-        _enter(strategy)
+        # Else the tests of Keras' `TensorBoard` find curves that are not Keras'.
+        swarm_summaries.SwarmSummaries.write = lambda self, record: None
+    _set_up_each(strategy)
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         options = ["-c", os.devnull, "--rootdir", "/", "-p", "no:cacheprovider", "-q"]
