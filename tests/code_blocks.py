@@ -80,11 +80,15 @@ def read(page):
 
 
 def commands_in_text(page):
-    """Returns the Python commands that stand in the sentences of a page."""
+    """Returns the Python commands in the sentences of a page.
+
+    Those that only name a flag, which has no value there, are left out.
+    """
+    found = [token.content for token in _inline(page) if token.type == "code_inline"]
     return [
-        token.content
-        for token in _inline(page)
-        if token.type == "code_inline" and token.content.startswith("python -m ")
+        text
+        for text in found
+        if text.startswith("python -m ") and not re.search(r" --\w+(?![\w=])", text)
     ]
 
 
