@@ -275,6 +275,48 @@ class ResumeInClusterTest(tf.test.TestCase):
         self.assertEqual(clusters.run(_train_in_cluster, 2, folder), expected)
         self.assertEmpty(list(pathlib.Path(folder).glob("*/.*")))
 
+    def test_after_the_loss_of_one_and_then_of_all(self):
+        folder = self.enter_context(tempfile.TemporaryDirectory())
+        with clusters.start(_train_elastic, 3, folder, 17) as cluster:
+            deadline = time.monotonic() + 90
+            while len(list(pathlib.Path(folder).glob("ready-*"))) < 2:
+                self.assertLess(time.monotonic(), deadline)
+                time.sleep(0.05)
+            for pid in cluster.pids:
+                os.kill(pid, signal.SIGKILL)
+        first_steps, weights = zip(*clusters.run(_train_elastic, 3, folder))
+        # The backup is of step 16, in which worker 2, lost at step 5, had no part.
+        self.assertEqual(set(first_steps), {16})
+        self.assertEqual(weights, weights[:1] * 3)
+
+
+def _train_elastic(folder, wait_at=None):
+    """Trains; at local step `wait_at` waits to be killed, and worker 2 dies before."""
+    strategy = tf_psops.SwarmStrategy(min_workers=2, timeout=20)
+    with strategy.scope():
+        model = _model(5, "adam")
+    steps = []
+
+    class Wait(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            step = int(self.model.optimizer.iterations.numpy())
+            if not steps or step != steps[-1]:
+                steps.append(step)
+            if wait_at and strategy.worker_index == 2 and step == 5:
+                os._exit(1)
+            if wait_at == step:
+                pathlib.Path(folder, f"ready-{strategy.worker_index}").touch()
+                time.sleep(100)
+
+    data = tf.data.Dataset.from_tensor_slices(_examples(240)).batch(12).repeat()
+    sync = tf_psops.PSOSync(2, backup_dir=folder, backup_every=1)
+    callbacks = [sync, Wait()]
+    model.fit(data, epochs=3, steps_per_epoch=10, verbose=0, callbacks=callbacks)
+    assert steps[-1] == 30, steps
+    return next(step for step in steps if step), [
+        value.tolist() for value in model.get_weights()
+    ]
+
 
 if __name__ == "__main__":
     tf.test.main()

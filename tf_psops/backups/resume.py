@@ -3,6 +3,7 @@
 import math
 import pathlib
 
+import numpy as np
 from absl import logging
 
 from tf_psops import tensorflow_internals
@@ -85,23 +86,14 @@ class Resume:
         model.train_function = self._skipped_batches
         self._last = None
         tensorflow_internals.begin_at_epoch(model, None)
-        if group and group.is_joining:
-            header, load = self._join(group)
-            if header is None:
-                return
-        elif self._folder:
-            self._last = self._common_number()
-            if self._last is None:
-                self._backups.discard_after(-1)
-                return
-            particle = synchronizer.local_particles[0]
-            header = self._together(lambda: self._backups.header(self._last, particle))
-            self._backups.discard_after(self._last)
-
-            def load():
-                return self._together(self._load)
+        joins = group is not None and group.is_joining
+        if joins:
+            found = self._join(group)
         else:
+            found = self._folder and self._find_backup(group)
+        if not found:
             return
+        header, load, are_new = found
         place, drawn = _fit_to(steps_per_epoch, header["place"], header["drawn"])
         logging.info(
             "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
@@ -109,11 +101,10 @@ class Resume:
         tensorflow_internals.begin_at_epoch(model, place["epoch"])
 
         def arrive():
-            joins = group and group.is_joining
             newcomers = [
                 particle
                 for particle in synchronizer.local_particles
-                if joins or particle >= header["num_particles"]
+                if are_new or particle >= header["num_particles"]
             ]
             # Until the first step not all variables are there, or known.
             synchronizer.find_state()
@@ -132,19 +123,21 @@ class Resume:
         """Waits for what the others send a worker that joins them.
 
         Returns:
-            The header of it, and a function that returns the arrays of each local
-            particle; twice `None` where the others are in a later `fit`.
+            Like `_find_backup`; `None` where the others are in a later `fit`.
         """
         strategy = self._model.distribute_strategy
         if strategy.invitation is None:
             logging.warning("Waiting to join the swarm at its next synchronisation.")
             strategy.invitation = group.join(strategy.timeout)
-        data = strategy.invitation
-        header = store.unpack(data, None)
+        header, load = self._sent(strategy.invitation)
         if header["fit"] > strategy.num_fits:
             tensorflow_internals.begin_at_epoch(self._model, _NEVER)
-            return None, None
+            return None
         strategy.invitation = None
+        return header, load, True
+
+    def _sent(self, data):
+        """Returns the header of what `state` packed, and a function that loads it."""
 
         def load():
             return [
@@ -152,7 +145,44 @@ class Resume:
                 for variables in self._synchronizer.particles()
             ]
 
-        return header, load
+        return store.unpack(data, None), load
+
+    def _find_backup(self, group):
+        """Finds the backup to go on from, and tells those who lack it.
+
+        Returns:
+            `None` for a new training, or a tuple: the backup's header, a function that
+            returns the arrays of each local particle, and whether all of these are new
+            to the swarm of that backup.
+        """
+        numbers = self._together(lambda: self._backups.numbers(self._elastic))
+        self._last, lender = self._choose_number(numbers, group)
+        self._backups.discard_after(-1 if self._last is None else self._last)
+        if self._last is None:
+            return None
+        has_it = self._last in numbers
+        lent = None if lender is None else self._lend(group, lender)
+
+        def read():
+            if not has_it:
+                return self._sent(lent)
+            particle = self._synchronizer.local_particles[0]
+            return self._backups.header(self._last, particle), self._load
+
+        header, load = self._together(read)
+        return header, lambda: self._together(load), not has_it
+
+    def _lend(self, group, lender):
+        """Returns the first particle of one worker's backup on all workers, bytes."""
+        mine = np.empty(0, np.uint8)
+        if group.index == lender:
+            mine = self._backups.read(self._last, self._synchronizer.local_particles[0])
+        size = int(group.gather(np.array([mine.size]))[lender][0])
+        if group.index != lender:
+            mine = np.empty(size, np.uint8)
+        return group.transaction(
+            lambda: group.broadcast(mine, lender, np.empty_like(mine))
+        )
 
     def state(self, place):
         """Returns what a worker needs to join, a NumPy array of bytes.
@@ -228,22 +258,37 @@ class Resume:
             )
         ]
 
-    def _common_number(self):
-        """Returns the newest backup of all workers, or `None` for a new training."""
-        numbers = self._together(lambda: self._backups.numbers(self._elastic))
-        table = self._synchronizer.tell([0, *(numbers + [-1, -1])[:2]])[:, 1:]
-        newest = int(max(set.intersection(*map(set, table.tolist())), default=-1))
+    def _choose_number(self, numbers, group):
+        """Returns the newest backup of all workers, or of most of those that are left.
+
+        Args:
+            numbers: Those of this worker's backups.
+            group: The `group.Group`, or `None`.
+
+        Returns:
+            Its number, or `None` for a new training; and the index of a worker that has
+            it, or `None` if all have.
+        """
+        index = group.index if group else 0
+        table = self._synchronizer.tell([index, *(numbers + [-1, -1])[:2]]).astype(int)
+        workers, table = table[:, 0], table[:, 1:]
+        newest = max(set.intersection(*map(set, table.tolist())), default=-1)
         if newest >= 0:
-            return newest
+            return newest, None
+        there = table[table >= 0].tolist()
+        if group and group.is_elastic and there:
+            # Whoever was lost before the others has older ones, if any.
+            most = max(there, key=lambda number: (there.count(number), number))
+            return most, int(workers[(table == most).any(axis=1)][0])
         # A kill while the first backup was written leaves it with some workers.
         if table[:, 1].max() >= 0 or table[:, 0].min() >= 0:
             raise ValueError(
                 "The workers have no backup in common in "
                 f"backup_dir={str(self._folder)!r}. Received the numbers "
-                f"{table.astype(int).tolist()}, in the order of the particles. Bring "
+                f"{table.tolist()}, in the order of the particles. Bring "
                 "the missing files back, or give another `backup_dir` to begin anew."
             )
-        return None
+        return None, None
 
     def _together(self, function):
         """Returns what a function does, or raises on all workers if it does on one."""

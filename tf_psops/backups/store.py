@@ -125,6 +125,10 @@ class Backups:
         except _UNREADABLE as error:
             raise _damaged(path, error) from error
 
+    def read(self, number, particle):
+        """Returns a particle of a backup as `pack` would, a NumPy array of bytes."""
+        return np.fromfile(self._source(number, particle), np.uint8)
+
     def discard_after(self, number):
         """Removes the local particles' backups after one, and what kills have left."""
         for other, particle, path in self._files():
