@@ -46,7 +46,9 @@ def _inertia(x, v, particles, largest=0.5):
         reach = 0.5 * np.sqrt((way @ way) / (v @ v))
     alignment = np.nan_to_num(alignment)
     turn = max(0, min(alignment / 0.6, (0.8 - alignment) / 0.2))
-    w = np.minimum(largest * turn / (1 + (cohesion / 1.3) ** 2), reach)
+    num = len(particles)
+    progress = max(0, ((num - 1) * cohesion - 1) / num)
+    w = np.minimum(largest * turn / (1 + progress**2), reach)
     return np.round(1024 * w) / 1024
 
 
@@ -117,9 +119,29 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(ws, expected, rtol=0, atol=1e-3)
 
     def test_two_particles_by_hand(self):
-        # m = (1, 0, 0): R = 2 * 1 / (1 + 1) = 1.
+        # m = (1, 0, 0): R = 2 * 1 / (1 + 1) = 1, as much as noise alone has.
         w = self._moves_by([[1, 1, 0], [1, -1, 0]], [0.3, 0, 0.4])
-        self.assertAllClose(w, 0.5 / (1 + 1 / 1.3**2), atol=1e-3)
+        self.assertAllClose(w, 0.5)
+        # m = (2, 0, 0): R = 2 * 4 / (1 + 1) = 4, S = (4 - 1) / 2.
+        w = self._moves_by([[2, 1, 0], [2, -1, 0]], [0.3, 0, 0.4])
+        self.assertAllClose(w, 0.5 / (1 + 1.5**2), atol=1e-3)
+
+    @parameterized.parameters(2, 4, 32)
+    def test_heeds_progress_alike_with_any_number_of_particles(self, num):
+        """Particles whose common way is as long as the noise of each."""
+        rng = np.random.default_rng(0)
+        *noise, way, across = rng.normal(size=[num + 2, 20_000]) / np.sqrt(20_000)
+        ways = way + noise
+        mean = ways.mean(0)
+        across -= across @ mean / (mean @ mean) * mean
+        velocity = 0.3 * mean / _lengths(mean) + 0.4 * across / _lengths(across)
+        w = _inertia(np.zeros(20_000), velocity, ways)
+        self.assertAllClose(w, 0.25, rtol=0.05)
+        rule = tf_psops.CentroidSwarm()
+        state = rule.init(tf.zeros(20_000, tf.float64))
+        state = state._replace(velocity=tf.constant(velocity))
+        news = _news(mean, _lengths(ways))
+        self.assertAllClose(rule.factors(state, news, 1).inertia, w)
 
     def test_goes_on_by_half_of_the_way_at_most(self):
         w = self._moves_by([[1, 1, 0], [1, -1, 0]], [2.4, 0, 3.2])

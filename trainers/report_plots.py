@@ -136,7 +136,8 @@ def swarm(runs):
             "R = (way / spread)²",
             "Diversity",
             "The lower R, the more diverse: high where the particles fly together, low "
-            "where each goes its own way. At the dashed line it halves the inertia.",
+            "where each goes its own way. Of W particles, R = (W + 1) / (W - 1) halves "
+            "the inertia.",
         ),
         (
             "inertia",
@@ -164,8 +165,6 @@ def swarm(runs):
             axes.from_zero()
         else:
             axes.log_if_wide()
-        if name == "cohesion":
-            axes.level(1.3)
         plots.append(axes.plot(name, title, note))
     return plots
 

@@ -13,25 +13,27 @@ The global best, which all particles take, is where the swarm goes on from: the 
 is the better place for now, but a velocity pays over several synchronisations, which no
 loss of one batch can show. What the particles have told each other shows it, for free:
 
-    w = min( inertia * a / (1 + (R/1.3)**2), |D| / (2*|v|) )
-    R = W*|D|**2 / sum_i |x_i - m|**2
+    w = min( inertia * a / (1 + S**2), |D| / (2*|v|) )
+    S = ((W-1)*R - 1) / W, at least 0,   R = W*|D|**2 / sum_i |x_i - m|**2
     a = min(cos(D, v) / 0.6, (0.8 - cos(D, v)) / 0.2), at least 0
 
   * R is the swarm's diversity, turned round: how far its W particles have gone
     together against how far they have gone apart. Of a particle's way, what all have in
-    common is progress, and the rest noise. While all fly together (R large, early in
-    training), progress is fast and turns: local training needs no help, and a velocity
-    carries the swarm off its course. Once they spread, each way is mostly noise, and
-    the velocity is its mean over several synchronisations. That a swarm is steered by
-    its diversity is an old idea: ARPSO (Riget & Vesterstrom, "A diversity-guided
-    particle swarm optimizer", EVALife 2002-02) repels the particles where it is low;
-    adaptive PSO (Zhan et al., IEEE Trans. SMC-B 39(6), 2009) sets w by the particles'
-    mean distances.
+    common is progress, and the rest noise; S is the one against the other, squared.
+    (Of noise alone the mean of W ways still has a W-th, and R is 1/(W-1): S has that
+    taken off, and so it is the same for two particles and for many.) While all fly
+    together (S large, early in training), progress is fast and turns: local training
+    needs no help, and a velocity carries the swarm off its course. Once they spread,
+    each way is mostly noise, and the velocity is its mean over several
+    synchronisations. That a swarm is steered by its diversity is an old idea: ARPSO
+    (Riget & Vesterstrom, "A diversity-guided particle swarm optimizer", EVALife
+    2002-02) repels the particles where it is low; adaptive PSO (Zhan et al., IEEE
+    Trans. SMC-B 39(6), 2009) sets w by the particles' mean distances.
   * Particles also spread because they are not stable, at a learning rate that is too
     high. Then D turns back what noise the last one brought, and the cosine falls: of
     pure noise it is negative. After a move that was too far it falls as well.
   * Where the cosine is near 1, all is still progress. With unlike shards only it shows
-    that: there the particles spread, and R is small, from the first step.
+    that: there the particles spread, and S is small, from the first step.
   * The last term is a velocity clamp. Where a learning rate decays, or few
     synchronisations are left, v is from times of longer ways.
 
@@ -48,7 +50,6 @@ import tensorflow as tf
 from tf_psops import _checks, _pieces
 from tf_psops.rules.rule import News, Rule
 
-_TOGETHER = 1.3
 _ALIGNED = 0.6
 _STRAIGHT = 0.8
 _REACH = 0.5
@@ -152,7 +153,9 @@ class CentroidSwarm(Rule):
             cosine / _ALIGNED, (_STRAIGHT - cosine) / (_STRAIGHT - _ALIGNED)
         )
         inertia = self.inertia * tf.maximum(aligned, 0)
-        inertia /= 1 + (ratio / _TOGETHER) ** 2
+        progress = ((count - 1) * ratio - 1) / count
+        progress = tf.where((apart > 0) & (count > 1), progress, float("inf"))
+        inertia /= 1 + tf.maximum(progress, 0) ** 2
         reach = _REACH * tf.sqrt(tf.math.divide_no_nan(way, speed))
         inertia = tf.round(tf.minimum(inertia, reach) * _STEPS_OF_INERTIA)
         return CentroidSwarmFactors(
