@@ -211,6 +211,13 @@ def _optimizer(name="SGD", rate=0.05, **kwargs):
     return lambda: getattr(optimizers, name)(rate, **kwargs)
 
 
+def _several():
+    by_path = optimizers.OptimizerMap(
+        optimizers.SGD(0.05, clipnorm=0.05), {".*kernel": optimizers.Adam(0.05)}
+    )
+    return optimizers.MultiOptimizer(by_path)
+
+
 def _loss(**kwargs):
     return lambda: losses.SparseCategoricalCrossentropy(from_logits=True, **kwargs)
 
@@ -235,6 +242,12 @@ _CASES = {
     "clipvalue_adam": {"optimizer": _optimizer("Adam", clipvalue=0.01)},
     "accumulation": {
         "optimizer": _optimizer(gradient_accumulation_steps=3, clipnorm=0.05)
+    },
+    "several_optimizers": {"optimizer": _several, "needs": "MultiOptimizer"},
+    "several_optimizers_scaled": {
+        "optimizer": _several,
+        "needs": "MultiOptimizer",
+        "policy": "mixed_float16",
     },
     "ema": {"optimizer": _optimizer(use_ema=True, ema_momentum=0.5)},
     "ema_overwrite": {"optimizer": _optimizer(use_ema=True, ema_overwrite_frequency=2)},
@@ -330,6 +343,8 @@ def _fit(strategy, case):
 class OneProcessTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.named_parameters(_CASES.items())
     def test_every_particle_is_as_plain_keras(self, case):
+        if not hasattr(optimizers, case.get("needs", "SGD")):
+            self.skipTest(f"Keras {keras.__version__} has no {case['needs']}.")
         policy = keras.mixed_precision.dtype_policy()
         keras.mixed_precision.set_dtype_policy(case.get("policy", "float32"))
         self.addCleanup(keras.mixed_precision.set_dtype_policy, policy)

@@ -515,7 +515,7 @@ class DistributedTest(tf.test.TestCase, parameterized.TestCase):
 
 
 def _burn():
-    while True:
+    while multiprocessing.parent_process().is_alive():
         np.ones([300, 300]) @ np.ones([300, 300])
 
 

@@ -892,14 +892,30 @@ def written_handles(graph):
     return handles
 
 
+# Keras 3.10 has none.
+_SEVERAL = ()
+if hasattr(keras.optimizers, "MultiOptimizer"):
+    _SEVERAL = (keras.optimizers.MultiOptimizer,)
+
+
 def optimizers_of(objects):
     """Returns the optimizers among objects; not those that only wrap another one."""
+    wrappers = (keras.optimizers.LossScaleOptimizer, *_SEVERAL)
     return [
         value
         for value in objects
         if isinstance(value, keras.optimizers.Optimizer)
-        and not isinstance(value, keras.optimizers.LossScaleOptimizer)
+        and not isinstance(value, wrappers)
     ]
+
+
+def learning_rate(optimizer):
+    """Returns the rate of an optimizer's next step, the mean of those of several."""
+    optimizer = getattr(optimizer, "inner_optimizer", optimizer)
+    if isinstance(optimizer, _SEVERAL):
+        rates = [learning_rate(part) for part in optimizer.optimizers]
+        return tf.add_n(rates) / len(rates)
+    return tf.cast(optimizer.learning_rate, tf.float64)
 
 
 def means(model):

@@ -46,7 +46,7 @@ class LossTracker:
         def noted(data):
             before = [_sums(mean) for mean in self._means]
             # That of this step, which moves a schedule on.
-            rate = tf.cast(self._optimizer.learning_rate, tf.float64)
+            rate = tensorflow_internals.learning_rate(self._optimizer)
             with tensorflow_internals.noted_results(self._means) as results:
                 result = train_step(data)
             gains = [_sums(mean) - sums for mean, sums in zip(self._means, before)]
