@@ -45,8 +45,10 @@ _REASONS = {
         )
     },
     "trainers/trainer_test.py::*_execution_steps_count_3_eager": _SHORT_EXECUTION,
+    "trainers/trainer_test.py::*_execution_steps_count_3_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_execution_steps_count_3_non_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_unknown_dataset_size_3_eager": _SHORT_EXECUTION,
+    "trainers/trainer_test.py::*_unknown_dataset_size_3_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_unknown_dataset_size_3_non_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_unrolled_steps_steps_count_[38]": _SHORT_EXECUTION,
     "callbacks/backup_and_restore_test.py::*": (
