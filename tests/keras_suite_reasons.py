@@ -21,9 +21,7 @@ _NOT_IN_A_REPLICA = (
 _REASONS = {
     "backend/tensorflow/optimizer_distribute_test.py::*_with_golden": _OWN_GRADIENTS,
     "backend/tensorflow/optimizer_distribute_test.py::*_accumulation": _OWN_GRADIENTS,
-    "backend/tensorflow/optimizer_distribute_test.py::*_single_step[01]": (
-        _OWN_GRADIENTS
-    ),
+    "backend/tensorflow/optimizer_distribute_test.py::*_single_step0": _OWN_GRADIENTS,
     "callbacks/csv_logger_test.py::*_stop_training_csv": (
         "The test expects a validation with weights that are NaN. A swarm of which all "
         "particles have diverged is left on the weights that it agreed on last."
@@ -51,10 +49,18 @@ _REASONS = {
     "trainers/trainer_test.py::*_unknown_dataset_size_3_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_unknown_dataset_size_3_non_jit": _SHORT_EXECUTION,
     "trainers/trainer_test.py::*_unrolled_steps_steps_count_[38]": _SHORT_EXECUTION,
-    "callbacks/backup_and_restore_test.py::*": (
-        "Keras' `BackupAndRestore` keeps one particle, and is refused: "
-        "`PSOSync(backup_dir=...)` keeps the swarm."
-    ),
+    **{
+        f"callbacks/backup_and_restore_test.py::*::{name}": (
+            "Keras' `BackupAndRestore` keeps one particle, and is refused: "
+            "`PSOSync(backup_dir=...)` keeps the swarm."
+        )
+        for name in (
+            "test_backup_corrupted",
+            "test_best_case_epoch",
+            "test_best_case_step",
+            "test_model_deleted_case_epoch",
+        )
+    },
     "callbacks/terminate_on_nan_test.py::*preserves_backup": (
         "Keras' `BackupAndRestore` keeps one particle, and is refused."
     ),
