@@ -38,6 +38,7 @@ _FOLDERS = (
     "trainers/datasets",
     "tests",
     "tests/engines",
+    "examples",
     "examples/kubernetes",
     "examples/ray",
     "examples/several_machines",
