@@ -44,7 +44,7 @@ def _train_beside_a_slow_one(seconds):
         def on_train_batch_end(self, batch, logs=None):
             time.sleep(seconds if strategy.worker_index == 1 else 0)
 
-    swarms.fit(model, swarms.data(25), Slow(), sync)
+    swarms.fit(model, swarms.data(30), Slow(), sync)
     checker = alarms.Alarms(1)
     return [text for record in sync.log for text in checker.check(record)]
 

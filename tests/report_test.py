@@ -18,7 +18,17 @@ from trainers import files, report, report_plots, runs
 
 _PLOTS = (
     *("loss-by-step", "loss-by-second", "accuracy-by-step", "accuracy-by-second"),
-    *("cohesion", "inertia", "way", "spread", "time", "share", "bytes", "workers"),
+    *(
+        "diversity",
+        "inertia",
+        "way",
+        "spread",
+        "time",
+        "share",
+        "waits",
+        "bytes",
+        "workers",
+    ),
 )
 _COLOURS = {"light": "#1769d2", "dark": "#69aefc"}  # Of the first run.
 # Tells where the plots are, as the page's title.
@@ -183,7 +193,7 @@ class PageTest(_TestCase):
             for i in range(3)
         ]
         page = self._page(self._write("a", records, settings={}))
-        for key in ("cohesion", "accuracy-by-step", "loss-by-step", "fitness-0"):
+        for key in ("diversity", "accuracy-by-step", "loss-by-step", "fitness-0"):
             self.assertNotIn(f'data-plot="{key}"', page)
         self.assertIn("these runs do not record it", page)
         self.assertIn('data-plot="bytes"', page)

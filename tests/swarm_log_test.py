@@ -1,16 +1,21 @@
 """Tests of `PSOSync.log`, and of what TensorBoard shows of it."""
 
+import contextlib
+import io
 import json
 import pathlib
+import re
 from unittest import mock
 
 import keras
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
+from tensorboard.backend.event_processing import plugin_event_multiplexer
 
 import tf_psops
 from tests import clusters, swarms
+from tf_psops.keras_hooks import swarm_summaries
 
 _KEYS = (
     *("sync", "step", "epoch", "seconds", "members", "fitness", "distances"),
@@ -201,11 +206,100 @@ class TensorBoardTest(tf.test.TestCase, parameterized.TestCase):
             self.assertAllClose(events.pop(f"swarm/{tag}"), expected)
         self.assertEmpty(events)
 
+    def test_steps_are_those_of_keras(self):
+        """Read by TensorBoard itself, also after a second training."""
+        folder = pathlib.Path(self.get_temp_dir(), "steps")
+        model = swarms.swarm(2)
+        board = keras.callbacks.TensorBoard(folder, update_freq="batch")
+        for _ in range(2):
+            swarms.fit(model, swarms.data(5), board, tf_psops.PSOSync(1), epochs=2)
+
+        def steps(run, tag):
+            found = plugin_event_multiplexer.EventMultiplexer()
+            found.AddRunsFromDirectory(str(folder)).Reload()
+            return [event.step for event in found.Tensors(run, tag)]
+
+        seen = steps("swarm", "swarm/inertia")
+        self.assertEqual(seen, [*range(1, 11)] * 2)
+        self.assertEqual(steps("train", "batch_loss"), seen)
+
+    def test_histograms_of_many_particles(self):
+        folder = pathlib.Path(self.get_temp_dir(), "many")
+        callbacks = keras.callbacks.CallbackList([keras.callbacks.TensorBoard(folder)])
+        summaries = swarm_summaries.SwarmSummaries(callbacks, {"sync_every": 3})
+        sync = tf_psops.PSOSync(2)
+        swarms.fit(swarms.swarm(2), swarms.data(2), sync)
+        losses = [float(i) for i in range(9)]
+        distances = [1.0] * 8 + [None]
+        summaries.write({**sync.log[0], "fitness": losses, "distances": distances})
+        summaries.close()
+        events = _events(folder / "swarm")
+        [(step, buckets)] = events["swarm/fitness"]
+        self.assertEqual((step, buckets[:, 2].sum()), (2, 9))
+        self.assertEqual((buckets[0, 0], buckets[-1, 1]), (0, 8))
+        [(_, buckets)] = events["swarm/distances"]
+        self.assertEqual(buckets[:, 2].sum(), 8)
+        self.assertNotIn("swarm/fitness/particle_0", events)
+
     def test_nothing_without_one(self):
         model = swarms.swarm()
-        with mock.patch.object(tf.summary, "create_file_writer") as created:
+        with mock.patch.object(tf.io, "TFRecordWriter") as made:
             swarms.fit(model, swarms.data(4), tf_psops.PSOSync(2))
-        created.assert_not_called()
+        made.assert_not_called()
+
+
+class ProgressTest(tf.test.TestCase, parameterized.TestCase):
+    def _fit(self, model, sync, **kwargs):
+        """Returns the history, and what has been printed."""
+        text = io.StringIO()
+        with contextlib.redirect_stdout(text):
+            history = model.fit(
+                swarms.data(6), callbacks=[sync] if sync else None, **kwargs
+            )
+        return history, text.getvalue()
+
+    @parameterized.parameters(1, 2)
+    def test_bar_shows_the_swarm(self, verbose):
+        sync = tf_psops.PSOSync(2)
+        history, text = self._fit(swarms.swarm(), sync, verbose=verbose, epochs=2)
+        *_, last = re.split("6/6", text)
+        shown = dict(re.findall(r"- (\w+): (\S+)", last))
+        self.assertSameElements(
+            shown, ["loss", "syncs", "num_workers", "diversity", "sync_share"]
+        )
+        self.assertEqual(float(shown["syncs"]), 6)
+        self.assertEqual(float(shown["num_workers"]), 1)
+        measures = sync.log[-1]["measures"]
+        diversity = measures["spread"] / measures["way"]
+        self.assertAllClose(float(shown["diversity"]), diversity, atol=1e-4)
+        self.assertBetween(float(shown["sync_share"]), 0, 1)
+        self.assertEqual(list(history.history), ["loss"])
+
+    def test_other_callbacks_see_what_they_saw(self):
+        seen = []
+        spy = keras.callbacks.LambdaCallback(
+            on_train_batch_end=lambda batch, logs: seen.append(set(logs)),
+            on_epoch_end=lambda epoch, logs: seen.append(set(logs)),
+        )
+        with contextlib.redirect_stdout(io.StringIO()):
+            swarms.swarm().fit(
+                *(swarms.data(6), None), callbacks=[tf_psops.PSOSync(2), spy]
+            )
+        self.assertEqual(seen, [{"loss"}] * 7)
+
+    def test_rule_without_measures(self):
+        sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
+        _, text = self._fit(swarms.swarm(), sync, verbose=2)
+        self.assertIn("syncs", text)
+        self.assertNotIn("diversity", text)
+
+    def test_history_has_the_records(self):
+        model = swarms.swarm()
+        sync = tf_psops.PSOSync(2)
+        for _ in range(2):
+            history, _ = self._fit(model, sync, verbose=0)
+            self.assertIs(history.swarm, sync.log)
+            self.assertLen(history.swarm, 3)
 
 
 if __name__ == "__main__":

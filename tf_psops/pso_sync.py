@@ -14,6 +14,7 @@ from tf_psops.backups import resume
 from tf_psops.keras_hooks import (
     file_writers,
     fit_checks,
+    progress,
     stop_vote,
     swapped_weights,
     swarm_summaries,
@@ -59,7 +60,9 @@ class PSOSync(keras.callbacks.Callback):
 
     Keras' `CSVLogger` and `TensorBoard` beside it write on the chief alone, because the
     logs are the same everywhere. In the `log_dir` of a `TensorBoard` the chief also
-    writes the numbers of `log`, as a run "swarm". `BackupAndRestore`, which keeps one
+    writes the numbers of `log`, as a run "swarm". The progress bar shows "syncs",
+    "num_workers", "diversity" (spread / way, see `log`) and "sync_share", the share of
+    the time in synchronisations since the first. `BackupAndRestore`, which keeps one
     particle and not the swarm, is refused.
 
     Args:
@@ -123,7 +126,9 @@ class PSOSync(keras.callbacks.Callback):
             unknown.
         log: A list with a dict for each synchronisation since `fit` began, for a table
             or `json.dumps`: plain numbers, and `None` where a number is not finite,
-            unknown, or of a worker that is not there.
+            unknown, or of a worker that is not there. It is `swarm` of the `History`
+            that `fit` returns, too, whose `history` has epochs, and is as in plain
+            Keras.
 
             - "sync", its number, from 0; "step", the local steps at its start;
               "epoch"; "seconds", wall seconds since training began.
@@ -255,6 +260,7 @@ class PSOSync(keras.callbacks.Callback):
         self._resume_state = resume.Resume(backup_dir, backup_every, elastic)
         self._file_writers = None
         self._summaries = None
+        self._progress = None
         self._alarms = None
         self._begun = 0.0
         self._start_seconds = 0.0
@@ -332,11 +338,12 @@ class PSOSync(keras.callbacks.Callback):
         self._diverged = False
 
     def _begin_log(self):
-        self.log = []
+        self.log = self.model.history.swarm = []
         self._alarms = alarms.Alarms(self.sync_every)
         if self._summaries:
             self._summaries.close()
         callback_list = tensorflow_internals.calling_list(self)
+        self._progress = callback_list and progress.Progress(callback_list)
         self._summaries = callback_list and swarm_summaries.SwarmSummaries(
             callback_list,
             {
@@ -514,6 +521,8 @@ class PSOSync(keras.callbacks.Callback):
         if self.model.distribute_strategy.is_chief:  # All workers see the same.
             for text in texts:
                 logging.warning("%s", text)
+        if self._progress:
+            self._progress.note(record)
         if self._summaries:
             self._summaries.write(record)
 

@@ -130,29 +130,32 @@ def particles(runs):
 def swarm(runs):
     """Returns the plots of how the swarms fly."""
     plots = []
-    for name, label, title, note in (
+    for name, values, label, title, note in (
         (
-            "cohesion",
-            "R = (way / spread)²",
+            "diversity",
+            _diversity,
+            "Spread / way",
             "Diversity",
-            "The lower R, the more diverse: high where the particles fly together, low "
-            "where each goes its own way. Of W particles, R = (W + 1) / (W - 1) halves "
-            "the inertia.",
+            "Low where the particles fly together, high where each goes its own way. Of "
+            "W particles, the square root of (W - 1) / (W + 1) halves the inertia.",
         ),
         (
             "inertia",
+            lambda run: run.column("measures/inertia"),
             "Inertia w",
             "Inertia",
             "How much of its last move the swarm makes again; 0 is averaging.",
         ),
         (
             "way",
+            lambda run: run.column("measures/way"),
             "Distance",
             "Way of the centroid",
             "From where the swarm went on last.",
         ),
         (
             "spread",
+            lambda run: run.column("measures/spread"),
             "Distance",
             "Spread of the particles",
             "Root mean square distance from their centroid.",
@@ -160,7 +163,7 @@ def swarm(runs):
     ):
         axes = _Axes("local step", label)
         for i, run in enumerate(runs):
-            axes.line(i, _steps(run), run.column(f"measures/{name}"))
+            axes.line(i, _steps(run), values(run))
         if name == "inertia":
             axes.from_zero()
         else:
@@ -204,6 +207,18 @@ def time(runs):
             "share",
             "Share of the time in synchronisations",
             "Waiting included. Above the dashed line, a fifth, raise sync_every.",
+        )
+    )
+    axes = _Axes("worker", "Percent of the time")
+    most = max(len(record["waited"]) for run in runs for record in run.records)
+    for i, run in enumerate(runs):
+        axes.columns(i, len(runs), _waits(run, most))
+    axes.from_zero()
+    plots.append(
+        axes.plot(
+            "waits",
+            "How long each worker waited",
+            "The worker that waits least is the one that the others wait for.",
         )
     )
     axes = _Axes("local step", "Megabytes")
@@ -261,6 +276,20 @@ def _shares(run):
         shares = 100 * np.clip(spent / seconds, 0, 1)
     # Of the time before the first one compilers take the most.
     return _steps(run)[1:], shares[1:]
+
+
+def _diversity(run):
+    cohesion = run.column("measures/cohesion")
+    return np.where(cohesion > 0, cohesion, np.nan) ** -0.5
+
+
+def _waits(run, count):
+    """Returns the percentage of the time that each worker waited, an array [count]."""
+    table = np.zeros([len(run.records), count])
+    for row, record in zip(table, run.records):
+        waited = [seconds or 0.0 for seconds in record["waited"]]
+        row[: len(waited)] = waited
+    return 100 * table.sum(axis=0) / run.training_seconds
 
 
 class _Seconds:
@@ -379,6 +408,15 @@ class _Axes:
         for label in self._axes.set_yticks(places, names):
             label.label1.set_parse_math(False)
         self._axes.grid(False, axis="y")
+
+    def columns(self, i, count, heights):
+        """Draws columns for run i of some, side by side with those of the others."""
+        width = 0.8 / count
+        places = np.arange(len(heights)) + (i - (count - 1) / 2) * width
+        self._axes.bar(places, heights, width=0.9 * width, color=_look(i)["color"])
+        self._axes.xaxis.set_major_locator(ticker.MaxNLocator(8, integer=True))
+        self._axes.grid(False, axis="x")
+        self._values.append(heights)
 
     def from_zero(self, whole=False):
         self._axes.set_ylim(bottom=0)

@@ -10,6 +10,9 @@ import statistics
 
 import numpy as np
 
+# Those that look at many records do so once for as many, which costs no time then.
+_EVERY = 5
+
 
 class Alarms:
     """Warns of each kind of trouble once in a training, and says what to do.
@@ -43,11 +46,13 @@ class _Collapsed:
 
     def check(self, record):
         rows = zip(record["fitness"], record["distances"])
-        rows = np.array([row for row in rows if None not in row])
-        if len(rows) < 2 or not rows[:, 1].all():
+        columns = [*zip(*(row for row in rows if None not in row))]
+        if not columns or len(columns[0]) < 2 or not all(columns[1]):
             return None
-        if (np.ptp(rows, axis=0) > self._SAME * np.abs(rows).max(axis=0)).any():
-            return None
+        for values in columns:
+            low, high = min(values), max(values)
+            if high - low > self._SAME * max(abs(low), abs(high)):
+                return None
         return (
             f"The swarm has collapsed: at synchronisation {record['sync']} all "
             "particles have the same loss, and have gone equally far. Is every worker "
@@ -112,6 +117,8 @@ class _OutOfOrder:
 
     def check(self, record):
         self._last.append(record["diverged"])
+        if not record["diverged"]:
+            return None
         counts = collections.Counter(particle for out in self._last for particle in out)
         for particle, count in counts.most_common(1):
             if count >= self._MOST:
@@ -144,6 +151,7 @@ class _Unlike:
 
     def __init__(self):
         self._last = collections.deque(maxlen=self._WINDOW)
+        self._count = 0
         self._highest = 0.0
 
     def check(self, record):
@@ -152,7 +160,10 @@ class _Unlike:
         if known:
             self._highest = max(self._highest, abs(statistics.fmean(known)))
         self._last.append(losses)
-        if len(self._last) < self._WINDOW or len(set(map(len, self._last))) > 1:
+        self._count += 1
+        if len(self._last) < self._WINDOW or self._count % _EVERY:
+            return None
+        if len(set(map(len, self._last))) > 1:  # There were more particles, or fewer.
             return None
         table = np.array(self._last, float)
         there = np.flatnonzero(np.isfinite(table).all(axis=0))
@@ -209,15 +220,18 @@ class _WaitedFor:
 
     def __init__(self):
         self._last = collections.deque(maxlen=self._WINDOW)
+        self._count = 0
         self._seconds = collections.deque(maxlen=self._WINDOW + 1)
 
     def check(self, record):
-        waited = np.array(record["waited"], float)
-        self._last.append(waited)
+        self._last.append(record["waited"])
         self._seconds.append(record["seconds"])
-        if len(self._seconds) <= self._WINDOW or len(set(map(len, self._last))) > 1:
+        self._count += 1
+        if len(self._seconds) <= self._WINDOW or self._count % _EVERY:
             return None
-        table = np.array(self._last)
+        if len(set(map(len, self._last))) > 1:  # There were more workers, or fewer.
+            return None
+        table = np.array(self._last, float)
         there = np.flatnonzero(np.isfinite(table).all(axis=0))
         if len(there) < 2:
             return None
