@@ -136,8 +136,8 @@ def swarm(runs):
             _diversity,
             "Spread / way",
             "Diversity",
-            "Low where the particles fly together, high where each goes its own way. Of "
-            "W particles, the square root of (W - 1) / (W + 1) halves the inertia.",
+            "Low where the particles fly together, high where each goes its own way. "
+            "Of W particles, the root of (W - 1) / (W + 1) halves the inertia.",
         ),
         (
             "inertia",
