@@ -45,6 +45,12 @@ class ExamplesTest(parameterized.TestCase):
         self.assertLen(bits, 2)
         self.assertLess(bits[1], 6)  # 8 bits are a byte that nothing is known of.
 
+    def test_transfer_learning(self):
+        output = _run(["examples/transfer_learning.py", "--epochs=1"])
+        few, many = map(int, re.findall(r"(\d+) bytes frozen, (\d+)", output)[0])
+        self.assertGreater(few, 0)
+        self.assertGreater(many, few)
+
     def test_variational_autoencoder(self):
         output = _run(["examples/variational_autoencoder.py", "--epochs=2"])
         self.assertRegex(output, r"agreed model: .*'loss': [23]\d")
