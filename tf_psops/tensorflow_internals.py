@@ -893,7 +893,7 @@ def written_handles(graph):
 
 
 # Keras 3.10 has none.
-_SEVERAL = ()
+_SEVERAL: tuple[type, ...] = ()
 if hasattr(keras.optimizers, "MultiOptimizer"):
     _SEVERAL = (keras.optimizers.MultiOptimizer,)
 
