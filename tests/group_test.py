@@ -253,8 +253,7 @@ class MembershipTest(parameterized.TestCase):
 
         def faulty(kind, outgoing, incoming):
             if kind == group_lib.Kind.COMMIT:
-                groups[2]._membership.links[1].close()
-                exchange(kind, {0: outgoing[0]}, {0: incoming[0]})
+                exchange(kind, {0: outgoing[0]}, incoming)
                 time.sleep(0.3)
                 self._drop(groups[2])
                 raise membership.DroppedError("killed")
