@@ -268,7 +268,9 @@ def table(records):
                 line += " " * 18
                 continue
             ratio = f"{record['median_ms'] / medians[other]:.3f}"
-            goals = _GOALS.get((record["side"], rival), {})
+            goals = {}
+            if record["wire"] != "tls":
+                goals = _GOALS.get((record["side"], rival), {})
             goal = goals.get((params / 10**6, workers))
             line += f"{ratio + (f' (goal {goal})' if goal else ''):>18}"
         lines.append(line.rstrip())
