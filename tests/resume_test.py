@@ -257,18 +257,21 @@ def _train_in_cluster(folder, wait_at=None):
 
 
 class ResumeInClusterTest(tf.test.TestCase):
+    def kill_once_two_wait(self, cluster, folder):
+        deadline = time.monotonic() + 90
+        while len(list(pathlib.Path(folder).glob("ready-*"))) < 2:
+            self.assertLess(time.monotonic(), deadline)
+            time.sleep(0.05)
+        for pid in cluster.pids:
+            os.kill(pid, signal.SIGKILL)
+
     def test_after_sigkill(self):
         straight, folder = (
             self.enter_context(tempfile.TemporaryDirectory()) for _ in range(2)
         )
         expected = clusters.run(_train_in_cluster, 2, straight)
         with clusters.start(_train_in_cluster, 2, folder, 17) as cluster:
-            deadline = time.monotonic() + 90
-            while len(list(pathlib.Path(folder).glob("ready-*"))) < 2:
-                self.assertLess(time.monotonic(), deadline)
-                time.sleep(0.05)
-            for pid in cluster.pids:
-                os.kill(pid, signal.SIGKILL)
+            self.kill_once_two_wait(cluster, folder)
         # As if one worker had been killed while it wrote its newest backup.
         newest = pathlib.Path(folder, "fit-0", "sync-3-particle-1.npz")
         newest.rename(newest.parent / ".particle-1.unfinished")
@@ -278,12 +281,7 @@ class ResumeInClusterTest(tf.test.TestCase):
     def test_after_the_loss_of_one_and_then_of_all(self):
         folder = self.enter_context(tempfile.TemporaryDirectory())
         with clusters.start(_train_elastic, 3, folder, 17) as cluster:
-            deadline = time.monotonic() + 90
-            while len(list(pathlib.Path(folder).glob("ready-*"))) < 2:
-                self.assertLess(time.monotonic(), deadline)
-                time.sleep(0.05)
-            for pid in cluster.pids:
-                os.kill(pid, signal.SIGKILL)
+            self.kill_once_two_wait(cluster, folder)
         first_steps, weights = zip(*clusters.run(_train_elastic, 3, folder))
         # The backup is of step 16, in which worker 2, lost at step 5, had no part.
         self.assertEqual(set(first_steps), {16})
