@@ -157,8 +157,8 @@ class Resume:
         """
         numbers = self._together(lambda: self._backups.numbers(self._elastic))
         self._last, lender = self._choose_number(numbers, group)
-        self._backups.discard_after(-1 if self._last is None else self._last)
         if self._last is None:
+            self._backups.discard_after(-1)
             return None
         has_it = self._last in numbers
         lent = None if lender is None else self._lend(group, lender)
@@ -170,6 +170,7 @@ class Resume:
             return self._backups.header(self._last, particle), self._load
 
         header, load = self._together(read)
+        self._backups.discard_after(self._last)
         return header, lambda: self._together(load), not has_it
 
     def _lend(self, group, lender):
