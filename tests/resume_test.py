@@ -257,11 +257,14 @@ def _train_in_cluster(folder, wait_at=None):
 
 
 class ResumeInClusterTest(tf.test.TestCase):
-    def kill_once_two_wait(self, cluster, folder):
+    def wait_for(self, condition):
         deadline = time.monotonic() + 90
-        while len(list(pathlib.Path(folder).glob("ready-*"))) < 2:
+        while not condition():
             self.assertLess(time.monotonic(), deadline)
             time.sleep(0.05)
+
+    def kill_once_two_wait(self, cluster, folder):
+        self.wait_for(lambda: len(list(pathlib.Path(folder).glob("ready-*"))) == 2)
         for pid in cluster.pids:
             os.kill(pid, signal.SIGKILL)
 
@@ -287,9 +290,24 @@ class ResumeInClusterTest(tf.test.TestCase):
         self.assertEqual(set(first_steps), {16})
         self.assertEqual(weights, weights[:1] * 3)
 
+    def test_after_too_few_were_left(self):
+        folder = self.enter_context(tempfile.TemporaryDirectory())
+        backup = pathlib.Path(folder, "fit-0", "sync-7-particle-0.npz")
+        with clusters.start(_train_elastic, 3, folder, None, {2: 5, 1: 13}, 99):
+            self.wait_for(backup.exists)
+        self.assertEqual(list(backup.parent.iterdir()), [backup])
+        first_steps, weights = zip(*clusters.run(_train_elastic, 3, folder))
+        # Worker 0 was alone at the synchronisation after step 14.
+        self.assertEqual(set(first_steps), {14})
+        self.assertEqual(weights, weights[:1] * 3)
 
-def _train_elastic(folder, wait_at=None):
-    """Trains; at local step `wait_at` waits to be killed, and worker 2 dies before."""
+
+def _train_elastic(folder, wait_at=None, lost_at=None, backup_every=1):
+    """Trains; at local step `wait_at` waits to be killed, and before others die.
+
+    Those are worker 2 at step 5, or the keys of `lost_at` at their values.
+    """
+    lost_at = lost_at or ({2: 5} if wait_at else {})
     strategy = tf_psops.SwarmStrategy(min_workers=2, timeout=20)
     with strategy.scope():
         model = _model(5, "adam")
@@ -300,14 +318,14 @@ def _train_elastic(folder, wait_at=None):
             step = int(self.model.optimizer.iterations.numpy())
             if not steps or step != steps[-1]:
                 steps.append(step)
-            if wait_at and strategy.worker_index == 2 and step == 5:
+            if lost_at.get(strategy.worker_index) == step:
                 os._exit(1)
             if wait_at == step:
                 pathlib.Path(folder, f"ready-{strategy.worker_index}").touch()
                 time.sleep(100)
 
     data = tf.data.Dataset.from_tensor_slices(_examples(240)).batch(12).repeat()
-    sync = tf_psops.PSOSync(2, backup_dir=folder, backup_every=1)
+    sync = tf_psops.PSOSync(2, backup_dir=folder, backup_every=backup_every)
     callbacks = [sync, Wait()]
     model.fit(data, epochs=3, steps_per_epoch=10, verbose=0, callbacks=callbacks)
     assert steps[-1] == 30, steps

@@ -329,6 +329,7 @@ class PSOSync(keras.callbacks.Callback):
             )
         group = self.model.distribute_strategy.peers
         self.members = group.members if group else (0,)
+        self.model.distribute_strategy.end_in_backup = self._end_in_backup
         self._may_admit = True
         self._history = self.model.history
         self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
@@ -446,6 +447,14 @@ class PSOSync(keras.callbacks.Callback):
             self._diverged = True
             self._synced_steps = self._steps
             self._stop_vote.decide(True)
+
+    def _end_in_backup(self):
+        """Backs up what this worker has, where too few are left to go on."""
+        place = self._place()
+        if self._steps == self._synced_steps + self.sync_every:
+            place["synced_steps"] = self._steps  # That synchronisation is left out.
+        if self._warmed_up:
+            self._resume_state.end_early(place)
 
     def _takes_mean(self):
         # Keras puts the moving averages in place of the weights before training ends.

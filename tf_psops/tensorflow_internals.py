@@ -674,6 +674,7 @@ def join_failures():
                 return fit(self, *args, **kwargs)
             except membership.DroppedError as error:
                 if not group.come_back():
+                    strategy.end_in_backup()
                     raise
                 logging.warning("%s It joins them again.", error)
             except BaseException as error:
