@@ -148,6 +148,12 @@ def _optimizer_of(strategy):
     misuses.fit(misuses.swarm(optimizer))
 
 
+def _scaled(optimizer):
+    with misuses.scope():
+        scaled = keras.optimizers.LossScaleOptimizer(optimizer)
+        return misuses.compiled(misuses.model(), scaled)
+
+
 def _uncompiled():
     with misuses.scope():
         misuses.fit(misuses.model())
@@ -194,28 +200,38 @@ _TRAINING = {
     ),
     "model_of_another_strategy": (
         _model_of_another_strategy,
-        ValueError, "PSOSync needs an optimizer", "SGD", "SwarmStrategy", "of one str",
+        ValueError, "needs an optimizer", "SGD", "SwarmStrategy", "of one strategy",
     ),
     "compiled_outside": (
         _compiled_outside,
-        ValueError, "PSOSync needs an optimizer", "SGD", "outside of it", "with strat",
+        ValueError, "needs an optimizer", "SGD", "outside of it", "inside `with strat",
     ),
     "optimizer_outside": (
         lambda: misuses.fit(misuses.swarm(keras.optimizers.SGD(0.1))),
-        ValueError, "PSOSync needs an optimizer", "SGD", "outside of it", "with strate",
+        ValueError, "needs an optimizer", "SGD", "outside of it", "inside `with strateg",
     ),
-    # Keras makes its slots before any callback is called; this is TensorFlow's error.
+    # Keras makes its slots before any callback is called.
     "optimizer_with_slots_outside": (
         lambda: misuses.fit(misuses.swarm(keras.optimizers.Adam(0.1))),
-        RuntimeError, "Mixing different tf.distribute.Strategy", "SwarmStrategy",
+        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with strate",
+    ),
+    "optimizer_outside_in_one_inside": (
+        lambda: misuses.fit(_scaled(keras.optimizers.Adam(0.1))),
+        ValueError, "needs an optimizer", "LossScale", "outside of it", "inside `with",
+    ),
+    "optimizer_outside_without_fit": (
+        lambda: misuses.swarm(keras.optimizers.Adam(0.1)).train_on_batch(
+            misuses.X, misuses.Y
+        ),
+        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with strate",
     ),
     "optimizer_of_another_swarm": (
         lambda: _optimizer_of(tf_psops.SwarmStrategy.in_process(3)),
-        ValueError, "PSOSync needs an optimizer", "SGD", "SwarmStrategy", "of one str",
+        ValueError, "needs an optimizer", "SGD", "SwarmStrategy", "of one strategy",
     ),
     "optimizer_of_another_strategy": (
         lambda: _optimizer_of(tf.distribute.MirroredStrategy(["CPU:0"])),
-        ValueError, "PSOSync needs an optimizer", "SGD", "Mirrored", "of one strategy",
+        ValueError, "needs an optimizer", "SGD", "Mirrored", "of one strategy",
     ),
     "no_optimizer": (
         lambda: misuses.fit(misuses.swarm(None)),

@@ -548,6 +548,16 @@ def _check_trained(model):
     """Raises a `ValueError` before an optimizer is built that cannot train a model."""
     if model.optimizer is None or model.optimizer.built:
         return
+    for variable in model.optimizer.variables:
+        owner = getattr(variable.value, "distribute_strategy", None)
+        if owner is not model.distribute_strategy:
+            where = "outside of it" if owner is None else f"under {owner!r}"
+            raise ValueError(
+                "A swarm needs an optimizer made in the scope of its SwarmStrategy. "
+                f"Received: {type(model.optimizer).__name__}, made {where}, to train "
+                f"model {model.name!r}. Make the optimizer, and compile the model, "
+                "inside `with strategy.scope():` of one strategy."
+            )
     for variable in model.trainable_variables:
         owner = getattr(variable.value, "distribute_strategy", None)
         if owner is not model.distribute_strategy:
