@@ -208,12 +208,12 @@ _TRAINING = {
     ),
     "optimizer_outside": (
         lambda: misuses.fit(misuses.swarm(keras.optimizers.SGD(0.1))),
-        ValueError, "needs an optimizer", "SGD", "outside of it", "inside `with strateg",
+        ValueError, "needs an optimizer", "SGD", "outside of it", "inside `with",
     ),
     # Keras makes its slots before any callback is called.
     "optimizer_with_slots_outside": (
         lambda: misuses.fit(misuses.swarm(keras.optimizers.Adam(0.1))),
-        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with strate",
+        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with",
     ),
     "optimizer_outside_in_one_inside": (
         lambda: misuses.fit(_scaled(keras.optimizers.Adam(0.1))),
@@ -223,7 +223,7 @@ _TRAINING = {
         lambda: misuses.swarm(keras.optimizers.Adam(0.1)).train_on_batch(
             misuses.X, misuses.Y
         ),
-        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with strate",
+        ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with",
     ),
     "optimizer_of_another_swarm": (
         lambda: _optimizer_of(tf_psops.SwarmStrategy.in_process(3)),
