@@ -36,6 +36,11 @@ def _lengths(ways):
     return np.sqrt(np.sum(ways**2, axis=-1))
 
 
+def _unit_vectors(count):
+    """Returns vectors of length 1 that have hardly anything in common."""
+    return np.random.default_rng(0).normal(size=[count, 20_000]) / np.sqrt(20_000)
+
+
 def _inertia(x, v, particles, largest=0.5):
     """Returns w from the particles' own positions, as the definition has it."""
     m = particles.mean(0)
@@ -126,22 +131,49 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         w = self._moves_by([[2, 1, 0], [2, -1, 0]], [0.3, 0, 0.4])
         self.assertAllClose(w, 0.5 / (1 + 1.5**2), atol=1e-3)
 
+    def _factors(self, ways, mean=None):
+        """Returns the factors of particles that went on from 0, 60 degrees off v."""
+        mean = ways.mean(0) if mean is None else mean
+        across = np.roll(mean, 1)
+        across -= across @ mean / (mean @ mean) * mean
+        velocity = mean / 2 + np.sqrt(0.75) * across * _lengths(mean) / _lengths(across)
+        rule = tf_psops.CentroidSwarm()
+        state = rule.init(tf.zeros(len(mean), tf.float64))
+        state = state._replace(velocity=tf.constant(velocity))
+        return rule.factors(state, _news(mean, _lengths(ways)), 1), velocity
+
     @parameterized.parameters(2, 4, 32)
     def test_heeds_progress_alike_with_any_number_of_particles(self, num):
         """Particles whose common way is as long as the noise of each."""
-        rng = np.random.default_rng(0)
-        *noise, way, across = rng.normal(size=[num + 2, 20_000]) / np.sqrt(20_000)
-        ways = way + noise
-        mean = ways.mean(0)
-        across -= across @ mean / (mean @ mean) * mean
-        velocity = 0.3 * mean / _lengths(mean) + 0.4 * across / _lengths(across)
-        w = _inertia(np.zeros(20_000), velocity, ways)
-        self.assertAllClose(w, 0.25, rtol=0.05)
-        rule = tf_psops.CentroidSwarm()
-        state = rule.init(tf.zeros(20_000, tf.float64))
-        state = state._replace(velocity=tf.constant(velocity))
-        news = _news(mean, _lengths(ways))
-        self.assertAllClose(rule.factors(state, news, 1).inertia, w)
+        *noise, way = _unit_vectors(num + 1)
+        factors, velocity = self._factors(way + noise)
+        w = _inertia(np.zeros(len(way)), velocity, way + noise)
+        self.assertAllClose(w, 0.25 * 0.5 / 0.6, rtol=0.05)
+        self.assertAllClose(factors.inertia, w)
+
+    @parameterized.product(
+        dtype=(tf.float16, tf.bfloat16), together=(0.01, 0.3, 1, 3, 100)
+    )
+    def test_heeds_progress_alike_in_a_short_payload(self, dtype, together):
+        """Ways are rounded before they travel, the particles' distances are not."""
+        *noise, way = _unit_vectors(4 + 1)
+        ways = together * way + noise
+        rounded = tf.cast(tf.cast(ways, dtype), tf.float64).numpy()
+        whole, _ = self._factors(ways)
+        short, _ = self._factors(ways, rounded.mean(0))
+        self.assertAllClose(short.inertia, whole.inertia, atol=3 / 1024)
+        if together < 100:  # There is no inertia anyway.
+            self.assertAllClose(short.cohesion, whole.cohesion, rtol=0.02)
+
+    @parameterized.product(share=(0.35, 0.7, 1), together=(0.3, 1, 3))
+    def test_one_that_has_joined_changes_little(self, share, together):
+        """It began where all did; fresh momentum takes it 0.35 as far in ten steps."""
+        *noise, way = _unit_vectors(8 + 1)
+        ways = together * way + noise
+        without, _ = self._factors(ways[1:])
+        ways[0] *= share
+        factors, _ = self._factors(ways)
+        self.assertAllClose(factors.inertia, without.inertia, rtol=0.2, atol=0.01)
 
     def test_goes_on_by_half_of_the_way_at_most(self):
         w = self._moves_by([[1, 1, 0], [1, -1, 0]], [2.4, 0, 3.2])

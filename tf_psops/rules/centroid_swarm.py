@@ -39,6 +39,9 @@ loss of one batch can show. What the particles have told each other shows it, fo
 
 sum_i |x_i - m|**2 is sum_i |x_i - x|**2 - W*|D|**2, of the distances that the particles
 report anyway; W counts those in good health. Where rounding makes it 0 or less, w is 0.
+Rounded payloads move m alone, by far less than the particles are apart; with a delay
+all is measured where the synchronisation started; and a particle that has joined went
+on from x like all others, with a shorter way at most, from fresh slots.
 At the first synchronisation, and with an inertia of 0, this is parameter averaging.
 docs/results.md has what each part does, and how flat it is around the constants.
 """
