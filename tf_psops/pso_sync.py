@@ -2,6 +2,7 @@
 
 import os
 import time
+import weakref
 from typing import Any, Literal
 
 import keras
@@ -329,7 +330,9 @@ class PSOSync(keras.callbacks.Callback):
             )
         group = self.model.distribute_strategy.peers
         self.members = group.members if group else (0,)
-        self.model.distribute_strategy.end_in_backup = self._end_in_backup
+        self.model.distribute_strategy.end_in_backup = weakref.WeakMethod(
+            self._end_in_backup
+        )
         self._may_admit = True
         self._history = self.model.history
         self._stop_vote = stop_vote.StopVote(self.model, self._synchronizer.any_worker)
@@ -453,7 +456,7 @@ class PSOSync(keras.callbacks.Callback):
         place = self._place()
         if self._steps == self._synced_steps + self.sync_every:
             place["synced_steps"] = self._steps  # That synchronisation is left out.
-        if self._warmed_up:
+        if self._warmed_up and self._history is self.model.history:
             self._resume_state.end_early(place)
 
     def _takes_mean(self):

@@ -159,8 +159,8 @@ class SwarmStrategy(tf.distribute.Strategy):
         # one.
         self.num_fits = 0
         self.invitation = None
-        # Takes a backup where too few workers are left to go on.
-        self.end_in_backup: Callable[[], None] = lambda: None
+        # A weak reference to what takes a backup where too few workers are left.
+        self.end_in_backup: Callable[[], Callable[[], None] | None] = lambda: None
         self.peers = None
         if len(workers) > 1:
             self.peers = group.shared(

@@ -684,7 +684,8 @@ def join_failures():
                 return fit(self, *args, **kwargs)
             except membership.DroppedError as error:
                 if not group.come_back():
-                    strategy.end_in_backup()
+                    if end_in_backup := strategy.end_in_backup():
+                        end_in_backup()
                     raise
                 logging.warning("%s It joins them again.", error)
             except BaseException as error:
