@@ -318,20 +318,22 @@ class SeveralOptimizersTest(_Case):
 
 
 class WhoseVariablesTest(_Case):
+    def variables(self, model):
+        return model_state.find(self.strategy, model).variables
+
     def names(self, model):
-        return {v.name for v in model_state.find(self.strategy, model).variables}
+        return {variable.name for variable in self.variables(model)}
 
     def test_another_model_of_the_scope_is_left_alone(self):
         first = _made(self.strategy, _dense, keras.optimizers.Adam)
         second = _made(self.strategy, _dense, keras.optimizers.Adam)
-        self.assertEmpty(self.names(first) & self.names(second) - self.names_of_all())
-        self.assertLen(self.names(first), 2 + 2 + 2)  # Weights, optimizer, loss.
+        # In Keras 3.10 the optimizers of both models have the same name.
+        found = [set(map(id, self.variables(model))) for model in (first, second)]
+        self.assertEmpty(set.intersection(*found))
+        self.assertLen(found[0], 2 + 2 + 2)  # Weights, optimizer, loss.
         second.layers[0].kernel.assign(np.ones([4, 3]))
         _fit(first)
         self.assertAllEqual(second.layers[0].kernel, np.ones([4, 3]))
-
-    def names_of_all(self):
-        return {"loss/total:0", "loss/count:0"}
 
     def test_a_shared_layer_does_not_lead_to_the_other_model(self):
         with self.strategy.scope():
