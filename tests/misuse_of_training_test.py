@@ -154,6 +154,19 @@ def _scaled(optimizer):
         return misuses.compiled(misuses.model(), scaled)
 
 
+def _own_loop(wrap=lambda step: step):
+    model = misuses.swarm("adam")
+
+    @wrap
+    def step():
+        with tf.GradientTape() as tape:
+            loss = tf.reduce_mean(model(misuses.X) ** 2)
+        weights = model.trainable_variables
+        model.optimizer.apply_gradients(zip(tape.gradient(loss, weights), weights))
+
+    step()
+
+
 def _uncompiled():
     with misuses.scope():
         misuses.fit(misuses.model())
@@ -224,6 +237,14 @@ _TRAINING = {
             misuses.X, misuses.Y
         ),
         ValueError, "needs an optimizer", "Adam", "outside of it", "inside `with",
+    ),
+    "own_loop": (
+        _own_loop,
+        RuntimeError, "optimizer", "Adam", "outside of the replicas", "`fit`", "y.run`",
+    ),
+    "own_loop_in_a_function": (
+        lambda: _own_loop(tf.function),
+        RuntimeError, "optimizer", "Adam", "outside of the replicas", "`fit`", "y.run`",
     ),
     "optimizer_of_another_swarm": (
         lambda: _optimizer_of(tf_psops.SwarmStrategy.in_process(3)),

@@ -714,6 +714,8 @@ def _reducing_first(apply):
     def reduce_and_apply(self, grads, trainable_variables=None):
         replica = tf.distribute.get_replica_context()
         extended = replica and replica.strategy.extended
+        if not isinstance(extended, SwarmExtended):
+            _check_no_swarms(self)
         if (
             not isinstance(extended, SwarmExtended)
             or extended.replicas_per_particle == 1
@@ -734,6 +736,19 @@ def _reducing_first(apply):
             _reduced.reset(token)
 
     return reduce_and_apply
+
+
+def _check_no_swarms(optimizer):
+    """Raises a `RuntimeError` if an optimizer is a swarm's, outside of its replicas."""
+    variables = (variable.value for variable in optimizer.variables)
+    if any(isinstance(variable, SwarmVariable) for variable in variables):
+        raise RuntimeError(
+            "A swarm's optimizer moves the weights of a particle inside its replica, "
+            "and cannot move those of all particles by one gradient. Received: "
+            f"{type(optimizer).__name__}, called outside of the replicas. Train by "
+            "`fit` or `train_on_batch`, with a `train_step` of your own if need be, or "
+            "call a step of a loop of your own by `strategy.run`."
+        )
 
 
 # Whether this replica's gradients are those of its whole particle already.
