@@ -68,10 +68,13 @@ def _sum(group, vector):
     """Returns the sum of all members' vectors, as one transaction."""
 
     def work():
-        memory = np.empty(group.size_to_reduce(len(vector)), vector.dtype)
+        memory = np.empty_like(vector)
 
         def add(shares, out):
-            out[...] = sum(shares)
+            first, *others = shares  # One of them may lie in `out`.
+            np.add(first, others[0] if others else 0, out=out)
+            for share in others[1:]:
+                out += share
 
         return group.all_reduce(vector, memory, add)
 

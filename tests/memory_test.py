@@ -67,7 +67,35 @@ def _train(particles, rule, options):
     return watch.found
 
 
+def _weights_in_use():
+    """Returns TensorFlow's memory after a synchronisation as a multiple of weights."""
+    width, layers, in_use = 512, 4, []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            if batch % 2:  # Right after a synchronisation.
+                info = tf.config.experimental.get_memory_info("CPU:0")
+                in_use.append(info["current"] / (4 * layers * width**2))
+
+    strategy = tf_psops.SwarmStrategy()
+    with strategy.scope():
+        model = keras.Sequential([keras.Input([width])])
+        for _ in range(layers):
+            model.add(keras.layers.Dense(width, use_bias=False))
+        model.compile(keras.optimizers.SGD(1e-3), "mse")
+    rows = tf.ones([4, width])
+    data = tf.data.Dataset.from_tensors((rows, rows)).repeat(12)
+    model.fit(data, callbacks=[tf_psops.PSOSync(2), Watch()], verbose=0)
+    return min(in_use)
+
+
 class MemoryTest(parameterized.TestCase):
+    def test_graphs_keep_no_long_constants(self):
+        # The position, in the weights, and the velocity; and what of the memory that
+        # TensorFlow has given out is too long for what it holds.
+        for in_use in clusters.run(_weights_in_use, 2):
+            self.assertLess(in_use, 3)
+
     def check(self, found):
         # Graphs that are traced in between hold constants; no synchronisation does.
         self.assertLess(len(found), (_LAST - _FIRST) // 2 - 10, found)

@@ -9,8 +9,7 @@ from tf_psops.rules import rule as rule_lib
 class CompiledRule:
     """Calls the functions of a rule, and checks what they return while they are traced.
 
-    `move` and `agreed` are compiled. They take and return what those of the rule do,
-    but `tensor_ids` of any integer type.
+    `move` and `agreed` are compiled.
 
     Args:
         rule: A `Rule`.
@@ -22,7 +21,7 @@ class CompiledRule:
         self.needs_fitness = rule.needs_fitness
         self.join = rule.join
         self.factors = rule.factors
-        self.move = _xla.compiled(self._move)
+        self._move_in_place = _xla.compiled_in_place(self._move)
         self.agreed = _xla.compiled(self._agreed)
 
     @property
@@ -51,8 +50,30 @@ class CompiledRule:
         rule_lib.check_measures(self._rule, measures)
         return {name: tf.cast(value, tf.float64) for name, value in measures.items()}
 
+    def move(self, state, position, news, make_tensor_ids):
+        """Moves a particle, and returns its new position.
+
+        Args:
+            state: The variables that hold its state, which change.
+            position: See `Rule.move`.
+            news: See `Rule.move`.
+            make_tensor_ids: A function that returns `tensor_ids` of any integer type,
+                called only if the rule uses them.
+        """
+
+        def trace(tensor_ids):
+            values = tf.nest.map_structure(tf.convert_to_tensor, state)
+            self._move(values, position, news, tensor_ids)
+
+        spec = tf.TensorSpec(position.shape, tf.int32)
+        traced = tf.function(trace, autograph=False).get_concrete_function(spec)
+        is_used = bool(traced.inputs[0].consumers())
+        ids = make_tensor_ids() if is_used else None
+        return self._move_in_place(state, position, news, ids)
+
     def _move(self, state, position, news, tensor_ids):
-        tensor_ids = tf.cast(tensor_ids, tf.int32)
+        # Any others, where nobody uses them: their like is not in memory.
+        tensor_ids = tf.cast(position if tensor_ids is None else tensor_ids, tf.int32)
         returned = self._rule.move(state, position, news, tensor_ids)
         rule_lib.check_returned(self._rule, "move", returned, (state, position))
         return returned

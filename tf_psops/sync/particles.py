@@ -6,6 +6,7 @@ import zlib
 import numpy as np
 import tensorflow as tf
 
+from tf_psops import _zeros
 from tf_psops.sync import flattening
 from tf_psops.sync.second_moments import SecondMoments
 
@@ -30,8 +31,8 @@ class Particles:
         averaged: The `Flattening` of what is averaged beside them.
         left_apart: The `Flattening` of what is averaged only at the end.
         moved: The `Flattening` of all that training moves but weights and slots.
+        rule_state: For each of them the variables of what its rule remembers.
         vector: For each of them the variable, [P], of what `keep` keeps.
-        tensor_ids: For each of them the numbers, [P], of the tensors of the weights.
     """
 
     def __init__(
@@ -86,12 +87,10 @@ class Particles:
         )
         self._all_averages = pack(*averages)
         self._all_averaged_weights = pack(*(weight for weight, _ in state.averages))
-        self._everything = pack(*state.weights, *state.state)
         self._slots = [
             (self._copies(slot), fresh)
             for slot, fresh in zip(state.slots, state.fresh, strict=True)
         ]
-        self.tensor_ids = self.each(lambda _: self.weights.tensor_ids())
         self._start = {}
         self._heeds_what_is_set = False
         self._set = {}
@@ -114,19 +113,28 @@ class Particles:
 
         def make(replica):
             del replica
-            # Variables share the memory of a tensor that they begin with.
-            zeros = functools.cache(tf.zeros)
+            # Variables share the memory of a tensor that they begin with. `rest` or
+            # `take_over` fills it.
+            empty = functools.cache(tf.raw_ops.Empty)
 
             def variable(spec):
-                return tf.Variable(zeros(spec.shape, spec.dtype), trainable=False)
+                shape = tuple(spec.shape)
+                return tf.Variable(
+                    empty(shape=shape, dtype=spec.dtype), trainable=False
+                )
 
             with self._strategy.extended.plain_variables():
                 return tf.nest.map_structure(variable, memory)
 
         self._memories = self.each(make)
-        self._rule_state, self.vector, self._agreed_state, self._agreed_averages = zip(
+        self.rule_state, self.vector, self._agreed_state, self._agreed_averages = zip(
             *self._memories
         )
+
+    def tensor_ids(self, replica):
+        """Returns the numbers, [P], of the tensors of the weights."""
+        with tf.init_scope(), tf.device(self._devices[replica]):
+            return self.weights.tensor_ids()
 
     def place(self, replica):
         """Returns the place among the local particles of the one of a replica."""
@@ -353,13 +361,13 @@ class Particles:
 
     def state(self, replica):
         """Returns what a particle's rule remembers."""
-        return tf.nest.map_structure(tf.identity, self._rule_state[replica])
+        return tf.nest.map_structure(tf.identity, self.rule_state[replica])
 
     def remember(self, replica, state):
         """Replaces what a particle's rule remembers."""
         tf.nest.map_structure(
             lambda variable, value: variable.assign(value),
-            self._rule_state[replica],
+            self.rule_state[replica],
             state,
         )
 
@@ -386,7 +394,7 @@ class Particles:
         """Gives a particle fresh slots."""
         for variables, fresh in self._slots:
             variable = variables[replica]
-            variable.assign(tf.cast(tf.fill(variable.shape, fresh), variable.dtype))
+            variable.assign(_zeros.like(variable) + tf.cast(fresh, variable.dtype))
 
     def restart_averages(self, replica):
         """Begins a particle's moving averages anew, unless it got others'."""
@@ -395,18 +403,11 @@ class Particles:
             self._all_averages.unpack(replica, weights)
         return True
 
-    def start(self, replica):
-        """Returns the position and state to start from as one vector."""
-        return self._everything.pack(replica)
-
-    def begin(self, replica, start):
-        """Puts a particle on another one's `start`, at rest."""
-        self._everything.unpack(replica, start)
-        self._rest(replica)
-
-    @tf.function(autograph=False)
     def rest(self):
-        """Makes what the particles have now, all the same, what was agreed on."""
+        """Makes what the particles have now, all the same, what was agreed on.
+
+        Not in a graph, which would keep constants as long as the rule's state.
+        """
         self.each(self._rest)
 
     def _rest(self, replica):

@@ -1,9 +1,12 @@
 """What of a synchronisation TensorFlow runs: its traced functions."""
 
+import functools
+import itertools
 import math
 
 import tensorflow as tf
 
+from tf_psops import _zeros
 from tf_psops.rules import rule as rule_lib
 from tf_psops.sync import divergence
 
@@ -11,7 +14,7 @@ from tf_psops.sync import divergence
 class SyncGraph:
     """Makes the tensors of a synchronisation from those that the particles hold.
 
-    All workers must call `begin`, `settle` and `close` at the same time. The first call
+    All workers must call `settle` and `close` at the same time. The first call
     of each function traces and compiles it.
 
     Args:
@@ -30,26 +33,13 @@ class SyncGraph:
         self._delayed = delayed
 
     @tf.function(autograph=False)
-    def begin(self):
-        """Puts all particles on the first one's position, at rest."""
-        starts = self._collectives.broadcast(
-            self._particles.each(self._particles.start), tf.constant(0)
-        )
-
-        def begin(replica):
-            self._particles.begin(replica, starts[replica])
-            self._loss_tracker.begin(replica)
-
-        self._particles.each(begin)
-
-    @tf.function(autograph=False)
     def report(self, told):
         """Returns a row of each local particle, and what they bring.
 
         A row, [7], has its fitness, NaN where it is unknown, score, steps, distance
         from the position that stands for the swarm, learning rate, and what its worker
-        tells. Then come positions, offers, the rule's new states, and the state to be
-        averaged.
+        tells. Then come positions, offers, what of the rule's states is new, and the
+        state to be averaged.
 
         Args:
             told: [2], float64: the worker's vote, and how long it waited last.
@@ -77,7 +67,12 @@ class SyncGraph:
             fitness = tf.where(sound & tf.math.is_finite(loss), loss, float("inf"))
             # A loss that is unknown says nothing of a particle's health.
             unknown = sound & ~self._loss_tracker.knows_loss(sums[replica])
-            state, offer = self._rule.offer(particles.state(replica), position, fitness)
+            before = particles.state(replica)
+            state, offer = self._rule.offer(before, position, fitness)
+            pairs = list(zip(tf.nest.flatten(before), tf.nest.flatten(state)))
+            # Who held the rest could not change it in place.
+            self._is_new = [old is not new for old, new in pairs]
+            state = [new for old, new in pairs if old is not new]
             row = (
                 tf.where(unknown, tf.cast(math.nan, fitness.dtype), fitness),
                 offer.score,
@@ -114,7 +109,7 @@ class SyncGraph:
             learning_rate: Scalar, that of the swarm; see `News`.
             distances: [W], see `News`.
             positions: The local particles' positions, as `report` returned them.
-            states: The states of their rule, likewise.
+            states: What of the states of their rule is new, likewise.
             own: Their state to be averaged, likewise.
             vectors: The vector that travelled, on each device.
             averaged: The mean of the state, on each device.
@@ -132,20 +127,26 @@ class SyncGraph:
 
         def recall(replica):
             # What a sick particle remembers is from before it was sick.
-            return tf.cond(
-                mine[replica],
-                lambda: tf.nest.map_structure(tf.identity, states[replica]),
-                lambda: particles.state(replica),
-            )
+            memory = tf.nest.flatten(particles.rule_state[replica])
+            for variable, value in zip(
+                itertools.compress(memory, self._is_new), states[replica], strict=True
+            ):
+                variable.assign(
+                    tf.cond(
+                        mine[replica],
+                        lambda value=value: tf.identity(value),
+                        variable.read_value,
+                    )
+                )
 
-        states = particles.each(recall)
+        particles.each(recall)
 
         def way(replica, flattening, start):
             """Returns how far a particle has gone on since the start."""
             return tf.cond(
                 mine[replica],
                 lambda: flattening.pack(replica) - start,
-                lambda: tf.zeros_like(start),
+                lambda: _zeros.like(start),
             )
 
         if self._delayed:
@@ -172,7 +173,9 @@ class SyncGraph:
                 distances=tf.cast(distances, particles.dtype),
             )
             factors = self._rule.factors(
-                states[replica], news, len(particles.weights.variables[replica])
+                particles.state(replica),
+                news,
+                len(particles.weights.variables[replica]),
             )
             return news._replace(factors=factors)
 
@@ -189,14 +192,15 @@ class SyncGraph:
                 lambda: tf.identity(positions[replica]),
                 lambda: heal(replica),
             )
-            ids = particles.tensor_ids[replica]
-            state, position = self._rule.move(
-                states[replica], position, news[replica], ids
+            position = self._rule.move(
+                particles.rule_state[replica],
+                position,
+                news[replica],
+                functools.partial(particles.tensor_ids, replica),
             )
-            particles.remember(replica, state)
             particles.keep(replica, vectors[replica])
             if replica == 0:
-                measures.update(self._rule.measures(state, news[0]))
+                measures.update(self._rule.measures(particles.state(0), news[0]))
             finite = divergence.is_finite(position)
             if self._delayed:
                 position += ways[replica]

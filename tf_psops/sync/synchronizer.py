@@ -195,7 +195,9 @@ class Synchronizer:
         self.come_to_rest()
         self._shows_averages = shows_averages
         self.find_state()
-        self._graph.begin()
+        self._put_on_first(self._particles.that_may_differ(everything=True))
+        self._particles.rest()
+        self._particles.each(self._loss_tracker.begin)
         self._particles.note_start()
         self._particles.heed_what_is_set(True)
         self._apart = True
@@ -233,10 +235,10 @@ class Synchronizer:
             healthy, rate, healthy, positions, states, own, *travelled, tf.constant(0)
         )
         del positions, offers, states, own, travelled
-        self._particles.take_back(self._particles.show_agreed())
         self._graph.close(take_mean)
-        for variable, value in zip(variables, values):
-            variable.assign(value)
+        while variables:
+            variables.pop().assign(values.pop())
+        self._particles.take_back(self._particles.show_agreed())
 
     def rest(self):
         """Makes what the particles have now, all the same, what was agreed on.
@@ -324,10 +326,13 @@ class Synchronizer:
 
     def _take_counts(self):
         """Takes the first particle's values of what has no mean."""
-        counts = self._particles.counts()
-        self._particles.take_first(counts)
-        if counts and self._strategy.peers:
-            initial_values.share(self._strategy, counts)
+        self._put_on_first(self._particles.counts())
+
+    def _put_on_first(self, variables):
+        """Gives all particles the first one's values of some variables."""
+        self._particles.take_first(variables)
+        if variables and self._strategy.peers:
+            initial_values.share(self._strategy, variables)
 
     @contextlib.contextmanager
     def agreed(self):

@@ -10,6 +10,8 @@ import contextlib
 import numpy as np
 import tensorflow as tf
 
+from tf_psops import _zeros
+
 
 class Collectives:
     """Gathers rows and moves vectors between the replicas of a swarm.
@@ -82,7 +84,7 @@ class Collectives:
                 tf.cond(
                     healthy[first + replica],
                     lambda vector=vector: tf.identity(vector),
-                    lambda vector=vector: tf.zeros_like(vector),
+                    lambda vector=vector: _zeros.like(vector),
                 )
                 for replica, vector in enumerate(vectors[:local])
             ]
@@ -125,19 +127,17 @@ class Collectives:
 
     def _all_reduce(self, vector, healthy):
         with tf.device("CPU:0"):
-            size = tf.size(vector)
             mean = tf.numpy_function(
                 self._mean,
-                [
-                    vector,
-                    healthy,
-                    _memory([self._group.size_to_reduce(size)], vector.dtype),
-                ],
+                [vector, healthy, _memory(tf.shape(vector), vector.dtype)],
                 vector.dtype,
             )
             return tf.ensure_shape(mean, vector.shape)
 
     def _mean(self, vector, healthy, memory):
+        if self._group.is_alone:
+            return vector
+
         def reduce(shares, own):
             count = healthy[list(self._group.present)].sum()
             scale = healthy.shape[1] / count if count else 1

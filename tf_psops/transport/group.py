@@ -38,6 +38,7 @@ class Group:
 
     Attributes:
         is_elastic: Whether the swarm goes on without a worker that is lost.
+        is_alone: Whether this worker does by itself what is to be taken back.
         occasion: What the members meet for, to name it in errors.
         is_joining: Whether this worker is not yet in the swarm. It is alone until then.
     """
@@ -47,7 +48,7 @@ class Group:
         self._rendezvous = rendezvous
         self.is_elastic = membership.min_workers < membership.num_workers
         self._in_transaction = False
-        self._alone = False
+        self.is_alone = False
         self._error = None
         self._raised = None
         self._candidates = ()
@@ -103,11 +104,11 @@ class Group:
     @contextlib.contextmanager
     def alone(self):
         """Lets collectives in a `with` block be of this worker alone."""
-        self._alone = True
+        self.is_alone = True
         try:
             yield
         finally:
-            self._alone = False
+            self.is_alone = False
 
     # Transactions.
 
@@ -182,7 +183,7 @@ class Group:
 
     @property
     def _is_by_itself(self):
-        return self._alone or self.is_joining or self.num_workers == 1
+        return self.is_alone or self.is_joining or self.num_workers == 1
 
     def _waiting(self):
         waiting = self._rendezvous.waiting() - set(self.members)
@@ -351,29 +352,25 @@ class Group:
 
         Args:
             vector: A flat NumPy array.
-            memory: A flat array to fill, of `size_to_reduce` elements.
+            memory: A flat array of the vector's size to fill.
             reduce: A function of all members' values of one share, a list in their
-                order, and of the array to write the result to.
+                order, and of the array to write the result to, which may be the first
+                or the second of them.
         """
         shares = self._shares(len(vector), self.present)
-        length, mine = _share_length(len(vector), len(shares)), shares[self.index]
-        # What comes in goes where the others' results will come later.
-        rows = {
-            worker: memory[place * length :][: mine.stop - mine.start]
-            for place, worker in enumerate(shares)
+        mine = shares[self.index]
+        # What comes in goes to where results will be: the first one's to this worker's,
+        # others' to the others', none of it to the last share, which is shorter.
+        places = [mine, *(shares[worker] for worker in self._others)]
+        got = {
+            worker: _start_of(memory[place], len(vector[mine]))
+            for worker, place in zip(self._others, places)
         }
-        got = {worker: rows[worker] for worker in self._others}
         self._exchange(Kind.SCATTER, {w: vector[shares[w]] for w in got}, got)
         got[self.index] = vector[mine]
-        reduce([got[worker] for worker in shares], rows[self.index])
-        result = memory[: len(vector)]
-        self._spread(result, shares, self._others)
-        return result
-
-    def size_to_reduce(self, size):
-        """Returns how many elements `all_reduce` needs for vectors of `size`."""
-        # The shares of however many members, of which the last is full as well.
-        return size + self.num_workers * _ALIGNMENT
+        reduce([got[worker] for worker in shares], memory[mine])
+        self._spread(memory, shares, self._others)
+        return memory
 
     def broadcast(self, vector, root, memory):
         """Returns the vector of the worker `root`, a NumPy array.
@@ -439,15 +436,16 @@ class Group:
     @staticmethod
     def _shares(size, workers):
         """Returns a dict from each worker to the slice that is its share."""
-        length = _share_length(size, len(workers))
+        length = -(-size // (len(workers) * _ALIGNMENT)) * _ALIGNMENT
         return {
             worker: slice(min(place * length, size), min((place + 1) * length, size))
             for place, worker in enumerate(workers)
         }
 
 
-def _share_length(size, num_shares):
-    return -(-size // (num_shares * _ALIGNMENT)) * _ALIGNMENT
+def _start_of(memory, size):
+    """Returns `size` elements of an array; new ones of one that is too short."""
+    return memory[:size] if size <= len(memory) else np.empty(size, memory.dtype)
 
 
 def shared(index, addresses, min_workers, *args, **kwargs):
