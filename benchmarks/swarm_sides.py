@@ -105,7 +105,8 @@ class _Swarm:
 
     def sync(self):
         with self._strategy.barrier("a round"):
-            self._synchronizer.synchronize()
+            self._synchronizer.start()
+            self._synchronizer.finish()
 
     def weights(self):
         return (variable.numpy() for variable in self._variables)

@@ -21,6 +21,7 @@ from tf_psops.keras_hooks import (
     swarm_summaries,
 )
 from tf_psops.sync import alarms, divergence, synchronizer
+from tf_psops.transport import equality
 
 # What a worker votes for the whole swarm, the strongest last.
 _GO_ON, _STOP_ON_NAN, _STOP, _GO_AWAY = range(4)
@@ -307,7 +308,9 @@ class PSOSync(keras.callbacks.Callback):
             speaker.come_to_rest()
         settings = {**self._settings(), "first fit of this PSOSync": is_new}
         with self._barrier("the start of training"):
-            self.model.distribute_strategy.check_same("the start of training", settings)
+            equality.check(
+                self.model.distribute_strategy, "the start of training", settings
+            )
         if is_new:
             self._synchronized = compiled
             self._synchronizer = synchronizer.Synchronizer(

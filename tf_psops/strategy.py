@@ -11,7 +11,7 @@ import tensorflow as tf
 from absl import logging
 
 from tf_psops import _checks, cluster, tensorflow_internals
-from tf_psops.transport import equality, group, handshake, initial_values
+from tf_psops.transport import group, handshake, initial_values
 from tf_psops.transport import tls as tls_lib
 from tf_psops.transport.collectives import Collectives
 from tf_psops.version import __version__
@@ -154,7 +154,6 @@ class SwarmStrategy(tf.distribute.Strategy):
             )
         )
         _check_existence(devices)
-        self._equality = equality.Equality(self)
         # How often `fit` has been called, and what a worker was sent that joins a later
         # one.
         self.num_fits = 0
@@ -283,10 +282,6 @@ class SwarmStrategy(tf.distribute.Strategy):
             if own and not hasattr(error, "is_known_to_all"):
                 tensorflow_internals.known_to_all(error)
             raise
-
-    def check_same(self, occasion: str, settings: Mapping[str, Any]) -> None:
-        """Raises an error unless all workers agree; see `equality.Equality.check`."""
-        self._equality.check(occasion, settings)
 
     @contextlib.contextmanager
     def scope(self) -> Iterator["SwarmStrategy"]:

@@ -361,11 +361,6 @@ class Synchronizer:
     def _has_averages(self):
         return self._shows_averages is not None and self._shows_averages()
 
-    def synchronize(self, vote=0):
-        """Moves all particles once; see `start` and `finish`."""
-        self.start(vote)
-        return self.finish()
-
     @property
     def is_under_way(self):
         """Returns whether a synchronisation has been started and not finished."""

@@ -6,6 +6,7 @@ import numpy as np
 import tensorflow as tf
 
 from tf_psops import tensorflow_internals
+from tf_psops.transport import equality
 
 
 def share(strategy, variables):
@@ -23,7 +24,8 @@ def share(strategy, variables):
     """
     group, first = strategy.peers, strategy.peers.members[0]
     described = [(v.name, tuple(v.shape), v.dtype.name) for v in variables]
-    strategy.check_same("new variables", {"number of new variables": len(described)})
+    count = {"number of new variables": len(described)}
+    equality.check(strategy, "new variables", count)
     _check_descriptions(strategy, described)
     values = [_value(strategy, variable) for variable in variables]
     digests = [hashlib.sha256(value.tobytes()).digest()[:8] for value in values]
@@ -54,7 +56,8 @@ def _check_descriptions(strategy, described):
     rows = [row for row in told if row is not None]
     for number in np.flatnonzero(np.any([row != rows[0] for row in rows], axis=0)):
         name, shape, dtype = described[number]
-        strategy.check_same(
+        equality.check(
+            strategy,
             "new variables",
             {f"variable {number}": f"{name} of shape {shape} and type {dtype}"},
         )
