@@ -1,37 +1,14 @@
 """Functions of whole vectors, compiled by XLA."""
 
+import functools
+
 import tensorflow as tf
 
 
 def compiled(function):
-    """Returns a function of nests of tensors as XLA compiles it.
-
-    What it only hands on, or gives twice, is left to TensorFlow: XLA would copy it.
-    """
-    places = None
-
-    @tf.function(jit_compile=True, autograph=False)
-    def compute(args):
-        nonlocal places
-        tensors = tf.nest.flatten(args)
-        num_given = len(tensors)
-
-        def place(result):
-            found = _place(result, tensors)
-            if found is None:
-                found = len(tensors)
-                tensors.append(result)
-            return found
-
-        places = tf.nest.map_structure(place, function(*args))
-        return tensors[num_given:]
-
-    def call(*args):
-        computed = compute(args)
-        tensors = [*tf.nest.flatten(args), *computed]
-        return tf.nest.map_structure(tensors.__getitem__, places)
-
-    return call
+    """Returns a function of nests of tensors that returns a tensor, compiled by XLA."""
+    in_place = compiled_in_place(lambda _, *args: ((), function(*args)))
+    return functools.partial(in_place, ())
 
 
 def compiled_in_place(function):

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import math
 import time
+from concurrent import futures
 
 import numpy as np
 import tensorflow as tf
@@ -376,7 +377,7 @@ class Synchronizer:
         rows, positions, offers, states, own = self._graph.report(
             tf.constant([vote, self._waited], tf.float64)
         )
-        moving = async_work.AsyncWork(
+        moving = async_work.run(
             functools.partial(self._travel, rows, offers, own),
             in_background=self._delayed,
         )
@@ -488,7 +489,7 @@ class Synchronizer:
     def drop(self):
         """Forgets a synchronisation that is under way; its transfer ends first."""
         if self.is_under_way:
-            self._under_way[1].wait()
+            futures.wait([self._under_way[1]])
             self._under_way = None
 
     def _wait(self):
