@@ -375,6 +375,28 @@ class KerasTest(tf.test.TestCase, parameterized.TestCase):
         self.assertAllClose(swarm.train_on_batch(x, y), plain.train_on_batch(x, y))
         _assert_close(self, swarm.get_weights(), plain.get_weights())
 
+    def test_max_pooling_on_a_particle_without_rows(self):
+        strategy = tf_psops.SwarmStrategy.in_process(2)
+        weights = []
+        for swarm in strategy, tf.distribute.get_strategy():
+            keras.utils.set_random_seed(1)
+            with swarm.scope():
+                pooled = keras.Sequential([layers.Dense(3), layers.MaxPooling1D()])
+                model = keras.Sequential([keras.Input([4, 3]), pooled])
+                model.add(layers.Flatten())
+                model.compile(
+                    keras.optimizers.SGD(0.1), keras.losses.MeanSquaredError()
+                )
+            x = np.random.default_rng(0).normal(size=[1, 4, 3]).astype("float32")
+            x = np.tile(x, [9 if swarm is strategy else 5, 1, 1])
+            # The second particle gets four rows and none, the first what Keras gets.
+            model.fit(
+                x, x.reshape(-1, 12)[:, :6], batch_size=8 if swarm is strategy else 4,
+                shuffle=False, verbose=0,
+            )  # fmt: skip
+            weights.append(model.get_weights())
+        _assert_close(self, *weights)
+
     @parameterized.parameters(1, 2)
     def test_batches_of_another_length_do_not_shift_the_next(self, particles):
         # 13 rows are batches of 8 and 5, again and again: 6 steps, not 5.

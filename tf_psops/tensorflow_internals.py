@@ -22,6 +22,8 @@ Private names used, and why no public one serves:
     batches to several local GPUs. See `_without_tuning`.
   * `auto_control_deps_utils.get_read_write_resource_inputs` alone tells which variables
     a traced function writes, through all functions that it calls.
+  * `BasePooling.call` is where all max-pooling layers of Keras meet a batch. See
+    `_never_without_rows`.
   * `values.SyncOnReadVariable` is the class of a variable that each replica has a copy
     of. See `SwarmVariable`.
   * The `apply` of Keras' optimizers is public, but replaced. See `_reducing_first`; and
@@ -42,6 +44,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
+from keras.src.layers.pooling import base_pooling
 from keras.src.losses import loss as loss_lib
 from keras.src.trainers import compile_utils
 from tensorflow.python.data.experimental.ops import distribute
@@ -801,6 +804,33 @@ def _with_gradients_of_sums(call):
 loss_lib.reduce_values = _of_all_rows(loss_lib.reduce_values)
 _CompileLoss = compile_utils.CompileLoss
 _CompileLoss.call = _with_gradients_of_sums(_CompileLoss.call)
+
+
+def _never_without_rows(call):
+    """Lets a particle that a batch leaves without rows train with max-pooling.
+
+    On CPUs oneDNN ends the process at the gradient of max-pooling no rows: it is given
+    one of zeros, which reaches nothing.
+    """
+
+    @functools.wraps(call)
+    def pool(self, inputs):
+        replica = tf.distribute.get_replica_context()
+        in_swarm = replica and isinstance(replica.strategy.extended, SwarmExtended)
+        is_tensor = isinstance(inputs, tf.Tensor) and self.pool_mode == "max"
+        if not (in_swarm and is_tensor and inputs.shape[0] in (None, 0)):
+            return call(self, inputs)
+        rows, *sizes = tf.unstack(tf.shape(inputs))
+        more = tf.zeros([tf.maximum(1 - rows, 0), *sizes], inputs.dtype)
+        padded = tf.concat([inputs, more], axis=0)
+        padded.set_shape([None, *inputs.shape[1:]])
+        return call(self, padded)[:rows]
+
+    return pool
+
+
+_Pooling = base_pooling.BasePooling
+_Pooling.call = _never_without_rows(_Pooling.call)
 
 
 def calling_list(callback):
