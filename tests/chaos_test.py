@@ -1,12 +1,14 @@
 """The short forms of `tests.chaos`: one fault of each kind."""
 
 import chaos
+import pytest
 from absl.testing import absltest
 
 from tests import chaos_membership
 
 
 class ChaosTest(absltest.TestCase):
+    @pytest.mark.slow
     def test_ends_with_the_weights_of_an_undisturbed_training(self):
         report = chaos.run(3, seed=3)
         self.assertEmpty(report.problems)
