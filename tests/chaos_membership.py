@@ -117,7 +117,7 @@ def run(num_faults, seed, min_workers):
             ) as launcher:
                 faults = _disturb(path, launcher, count, random.Random(seed))
                 (path / "no-more-faults").touch()
-                code = launcher.wait(_MAX_SECONDS_PER_FAULT * max(count, 1))
+                code = launcher.wait(_MAX_SECONDS_PER_FAULT * max(num_faults, 1))
             log = (path / "log").read_text(errors="replace")
             if code:
                 problems.append(f"The launcher's exit code is {code}:\n{log[-4000:]}")
