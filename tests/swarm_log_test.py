@@ -1,6 +1,7 @@
 """Tests of `PSOSync.log`, and of what TensorBoard shows of it."""
 
 import contextlib
+import gc
 import io
 import json
 import pathlib
@@ -240,6 +241,29 @@ class TensorBoardTest(tf.test.TestCase, parameterized.TestCase):
         [(_, buckets)] = events["swarm/distances"]
         self.assertEqual(buckets[:, 2].sum(), 8)
         self.assertNotIn("swarm/fitness/particle_0", events)
+
+    def test_all_are_there_after_a_failure(self):
+        """What came last shows why."""
+        folder = pathlib.Path(self.get_temp_dir(), "failed")
+        sync = tf_psops.PSOSync(1)
+
+        def fail(model):
+            if sync.num_syncs == 3:
+                raise OSError("in the middle")
+
+        def train():
+            board = keras.callbacks.TensorBoard(folder)
+            with self.assertRaisesRegex(OSError, "in the middle"):
+                callbacks = sync, board, swarms.Probe(fail)
+                swarms.fit(swarms.swarm(2), swarms.data(5), *callbacks)
+
+        train()
+        steps = [record["step"] for record in sync.log]
+        self.assertLen(steps, 3)
+        del sync
+        gc.collect()
+        events = _events(folder / "swarm")
+        self.assertEqual([step for step, _ in events["swarm/inertia"]], steps)
 
     def test_nothing_without_one(self):
         model = swarms.swarm()
