@@ -30,6 +30,7 @@ _FOLDERS = (
     "tf_psops",
     "tf_psops/rules",
     "tf_psops/sync",
+    "tf_psops/tensorflow_internals",
     "tf_psops/transport",
     "tf_psops/keras_hooks",
     "tf_psops/backups",

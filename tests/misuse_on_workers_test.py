@@ -12,7 +12,7 @@ from keras import layers
 
 import tf_psops
 
-_SECONDS = 5
+_SECONDS = 30
 _X = np.random.default_rng(0).normal(size=(32, 4)).astype("float32")
 _Y = _X.argmax(-1) % 3
 
@@ -173,7 +173,7 @@ class MisuseOnWorkersTest(tf.test.TestCase, parameterized.TestCase):
                 with self.subTest(name, worker=worker):
                     text, seconds = errors[name]
                     self.assertRegex(text, f"(?s)^{expected}")
-                    self.assertLess(seconds, 4 * _SECONDS)  # The fit included.
+                    self.assertLess(seconds, _SECONDS)
         for errors in results:
             self.assertRegex(errors["no_sync"], "to the same collectives in the same")
         with self.subTest("files"):
