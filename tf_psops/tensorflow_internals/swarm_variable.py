@@ -42,47 +42,6 @@ class SwarmVariable(values.SyncOnReadVariable):
                 watcher.note_set(self)
         return result
 
-    def scatter_add(self, *args, **kwargs):
-        return self._scatter("scatter_add", *args, **kwargs)
-
-    def scatter_sub(self, *args, **kwargs):
-        return self._scatter("scatter_sub", *args, **kwargs)
-
-    def scatter_mul(self, *args, **kwargs):
-        return self._scatter("scatter_mul", *args, **kwargs)
-
-    def scatter_div(self, *args, **kwargs):
-        return self._scatter("scatter_div", *args, **kwargs)
-
-    def scatter_min(self, *args, **kwargs):
-        return self._scatter("scatter_min", *args, **kwargs)
-
-    def scatter_max(self, *args, **kwargs):
-        return self._scatter("scatter_max", *args, **kwargs)
-
-    def scatter_update(self, *args, **kwargs):
-        return self._scatter("scatter_update", *args, **kwargs)
-
-    def batch_scatter_update(self, *args, **kwargs):
-        return self._scatter("batch_scatter_update", *args, **kwargs)
-
-    def scatter_nd_add(self, *args, **kwargs):
-        return self._scatter("scatter_nd_add", *args, **kwargs)
-
-    def scatter_nd_sub(self, *args, **kwargs):
-        return self._scatter("scatter_nd_sub", *args, **kwargs)
-
-    def scatter_nd_update(self, *args, **kwargs):
-        return self._scatter("scatter_nd_update", *args, **kwargs)
-
-    def _scatter(self, method, value, *args, **kwargs):
-        """Writes to the copy of the replica, and outside of the replicas to all."""
-
-        def write(variable, value):
-            return getattr(variable, method)(value, *args, **kwargs)
-
-        return self._told(self._update(write, value))
-
     def __float__(self):
         return float(self.numpy())
 
@@ -97,6 +56,34 @@ class SwarmVariable(values.SyncOnReadVariable):
 
     def __array__(self, dtype=None):
         return np.asarray(self.numpy(), dtype=dtype)
+
+
+def _scattering(method):
+    """Makes a method that writes to a replica's copy; outside of replicas to all."""
+
+    def scatter(self, value, *args, **kwargs):
+        def write(variable, value):
+            return getattr(variable, method)(value, *args, **kwargs)
+
+        return self._told(self._update(write, value))
+
+    return scatter
+
+
+for _method in (
+    "scatter_add",
+    "scatter_sub",
+    "scatter_mul",
+    "scatter_div",
+    "scatter_min",
+    "scatter_max",
+    "scatter_update",
+    "scatter_nd_add",
+    "scatter_nd_sub",
+    "scatter_nd_update",
+    "batch_scatter_update",
+):
+    setattr(SwarmVariable, _method, _scattering(_method))
 
 
 def is_seed(name):
