@@ -91,7 +91,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         particles, velocity = np.array(particles, float), np.array(velocity, float)
         healthy = particles[np.isfinite(particles).all(-1)]
         state = rule.init(tf.zeros([3], tf.float64))
-        state = state._replace(velocity=tf.constant(velocity))
+        state = state._replace(previous=tf.constant(-velocity))
         if distances is None:
             distances = _lengths(particles)
         news = _news(healthy.mean(0), distances)
@@ -139,7 +139,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         velocity = mean / 2 + np.sqrt(0.75) * across * _lengths(mean) / _lengths(across)
         rule = tf_psops.CentroidSwarm()
         state = rule.init(tf.zeros(len(mean), tf.float64))
-        state = state._replace(velocity=tf.constant(velocity))
+        state = state._replace(previous=tf.constant(-velocity))
         return rule.factors(state, _news(mean, _lengths(ways)), 1), velocity
 
     @parameterized.parameters(2, 4, 32)
@@ -200,7 +200,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         x, v = rng.normal(size=[2, 600_001]).astype(np.float32)
         particles = x + 0.3 * v + rng.normal(size=[4, 600_001]).astype(np.float32)
         rule = tf_psops.CentroidSwarm()
-        state = rule.init(tf.constant(x))._replace(velocity=tf.constant(v))
+        state = rule.init(tf.constant(x))._replace(previous=tf.constant(x - v))
         news = _news(particles.mean(0), _lengths(particles - x))
         factors = rule.factors(state, news, 2)
         w = factors.inertia

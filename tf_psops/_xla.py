@@ -14,9 +14,9 @@ def compiled(function):
 def compiled_in_place(function):
     """Returns a function that changes variables, and that XLA compiles.
 
-    What it computes for a variable goes into the memory that this has, unless somebody
-    else has its value, too. What it only hands on, or also returns, is left to
-    TensorFlow: XLA would copy it.
+    What it computes for a variable goes into the memory that this has, or where another
+    one takes over what this had, into that one's; unless somebody else has that value,
+    too. What it only hands on, or also returns, is left to TensorFlow: XLA would copy it.
 
     Args:
         function: A function of the values of the variables, a nest, and of nests of
@@ -30,27 +30,33 @@ def compiled_in_place(function):
     @tf.function(jit_compile=True, autograph=False)
     def compute(variables, args):
         nonlocal sources, result_source
-        flat = tf.nest.flatten(variables)
+        flat, given = tf.nest.flatten(variables), tf.nest.flatten(args)
         old = [variable.read_value() for variable in flat]
         new, result = function(tf.nest.pack_sequence_as(variables, old), *args)
-        given = tf.nest.flatten(args)
-        result_source = _place(result, given)
-        if result_source is None:
-            result_source = len(given)
-            given.append(result)
-        sources = [_place(value, given) for value in tf.nest.flatten(new)]
-        for variable, before, after, source in zip(
-            flat, old, tf.nest.flatten(new), sources
-        ):
-            if source is None and after is not before:
-                variable.assign(after)
-        return given[len(tf.nest.flatten(args)) :]
+        new, after = tf.nest.flatten(new), list(old)
+        heirs = {_place(value, old): place for place, value in enumerate(new)}
+        for place, value in enumerate(new):
+            if _place(value, [*given, *old]) is None:
+                free = place
+                while free in heirs:
+                    free = heirs[free]
+                if free != place or value is not result:
+                    flat[free].assign(value)
+                    after[free] = value
+        is_known = _place(result, [*given, *after]) is not None
+        outputs = [] if is_known else [result]
+        tensors = [*given, *outputs, *after]
+        sources = [_place(value, tensors) for value in new]
+        result_source = _place(result, tensors)
+        return outputs
 
     def call(variables, *args):
-        computed = compute(variables, args)
-        tensors = [*tf.nest.flatten(args), *computed]
-        for variable, source in zip(tf.nest.flatten(variables), sources):
-            if source is not None:
+        outputs = compute(variables, args)
+        flat = tf.nest.flatten(variables)
+        after = [variable.read_value() for variable in flat]
+        tensors = [*tf.nest.flatten(args), *outputs, *after]
+        for variable, value, source in zip(flat, after, sources):
+            if tensors[source] is not value:
                 variable.assign(tensors[source])
         return tensors[result_source]
 

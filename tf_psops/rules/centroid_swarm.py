@@ -67,11 +67,16 @@ class CentroidSwarmState(NamedTuple):
 
     Attributes:
         position: [P], x, where all particles went on from.
-        velocity: [P], v, how the last synchronisation moved them.
+        previous: [P], where they did the time before.
     """
 
     position: tf.Tensor
-    velocity: tf.Tensor
+    previous: tf.Tensor
+
+    @property
+    def velocity(self) -> tf.Tensor:
+        """Returns v, how the last synchronisation moved them."""
+        return self.position - self.previous
 
 
 class CentroidSwarmFactors(NamedTuple):
@@ -128,7 +133,7 @@ class CentroidSwarm(Rule):
 
     def init(self, position: tf.Tensor) -> CentroidSwarmState:
         """Returns the state of a swarm at rest."""
-        return CentroidSwarmState(tf.identity(position), tf.zeros_like(position))
+        return CentroidSwarmState(tf.identity(position), tf.identity(position))
 
     def factors(
         self, state: CentroidSwarmState, news: News, num_tensors: int
@@ -136,15 +141,14 @@ class CentroidSwarm(Rule):
         """Returns the inertia, and what it is made of."""
         del num_tensors
 
-        def products(mean, position, velocity):
-            way = tf.cast(mean - position, tf.float64)
-            velocity = tf.cast(velocity, tf.float64)
-            pairs = (way, way), (way, velocity), (velocity, velocity)
-            return tf.stack([tf.reduce_sum(one * other) for one, other in pairs])
+        def products(mean, *pieces):
+            piece = CentroidSwarmState(*pieces)
+            way, velocity = mean - piece.position, piece.velocity
+            squares = 2 * tf.nn.l2_loss(way), 2 * tf.nn.l2_loss(velocity)
+            sums = tf.stack([*squares, tf.reduce_sum(way * velocity)])
+            return tf.cast(sums, tf.float64)
 
-        way, along, speed = tf.unstack(
-            _pieces.add(products, news.vector, state.position, state.velocity)
-        )
+        way, speed, along = tf.unstack(_pieces.add(products, news.vector, *state))
         in_order = tf.math.is_finite(news.distances)
         distances = tf.where(in_order, tf.cast(news.distances, tf.float64), 0)
         count = tf.reduce_sum(tf.cast(in_order, tf.float64))
@@ -178,7 +182,7 @@ class CentroidSwarm(Rule):
         """Returns the moved state and position; see `Rule.move`."""
         del position, tensor_ids
         moved = news.vector + news.factors.inertia * state.velocity
-        return CentroidSwarmState(moved, moved - state.position), moved
+        return CentroidSwarmState(moved, state.position), moved
 
     def measures(self, state: CentroidSwarmState, news: News) -> dict[str, tf.Tensor]:
         """Returns `CentroidSwarmFactors` by their names."""
