@@ -91,7 +91,7 @@ def _weights_in_use():
 
 class MemoryTest(parameterized.TestCase):
     def test_graphs_keep_no_long_constants(self):
-        # The position, in the weights, and the velocity; and what of the memory that
+        # The position, in the weights, and the one before; and what of the memory that
         # TensorFlow has given out is too long for what it holds.
         for in_use in clusters.run(_weights_in_use, 2):
             self.assertLess(in_use, 3)

@@ -276,13 +276,13 @@ def _read_arrays(file, variables):
     with np.load(file) as saved:
         left = {name: saved[name] for name in {v.dtype.name for v in variables}}
     arrays = []
-    for variable in variables:
+    for variable in reversed(variables):
         size, name = variable.shape.num_elements(), variable.dtype.name
         values, left[name] = np.split(left[name], [size])
         # NumPy loads types of others, such as bfloat16, as raw bytes.
         values = values.view(variable.dtype.as_numpy_dtype)
         arrays.append(values.reshape(variable.shape))
-    return arrays
+    return arrays[::-1]
 
 
 @tf.function(autograph=False)
@@ -290,12 +290,12 @@ def _values(particles):
     """Returns each particle's values now: a dict from a type to all tensors of it.
 
     They are no copies: a variable gets other memory where it is changed while somebody
-    has its value.
+    has its value. The last variables are the first to be written, and let go.
     """
     values = []
     for variables in particles:
         by_type = {}
-        for variable in variables:
+        for variable in reversed(variables):
             with tf.device(variable.device):
                 value = variable.read_value()
             by_type.setdefault(variable.dtype.name, []).append(value)

@@ -105,10 +105,11 @@ class Particles:
         # Traced only: of long vectors there should be no more than needed.
         init = tf.function(self._rule.init, autograph=False)
         memory = (
-            init.get_concrete_function(position).structured_outputs,
             position,
             tf.TensorSpec([self._state.size], self.dtype),
             tf.TensorSpec([self._averages.size], self.dtype),
+            # The last, of which backups let go first: the next move is in its memory.
+            init.get_concrete_function(position).structured_outputs,
         )
 
         def make(replica):
@@ -127,7 +128,7 @@ class Particles:
                 return tf.nest.map_structure(variable, memory)
 
         self._memories = self.each(make)
-        self.rule_state, self.vector, self._agreed_state, self._agreed_averages = zip(
+        self.vector, self._agreed_state, self._agreed_averages, self.rule_state = zip(
             *self._memories
         )
 
