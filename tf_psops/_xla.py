@@ -16,7 +16,8 @@ def compiled_in_place(function):
 
     What it computes for a variable goes into the memory that this has, or where another
     one takes over what this had, into that one's; unless somebody else has that value,
-    too. What it only hands on, or also returns, is left to TensorFlow: XLA would copy it.
+    too. What it only hands on, or also returns, is left to TensorFlow, as XLA would
+    copy it.
 
     Args:
         function: A function of the values of the variables, a nest, and of nests of
