@@ -90,7 +90,11 @@ def _two_inputs_and_outputs(run):
     with run.scope():
         a, b = keras.Input([4], name="a"), keras.Input([4], name="b")
         hidden = layers.Dense(5, "relu")(layers.Concatenate()([a, b]))
-        outputs = {"class": layers.Dense(3)(hidden), "size": layers.Dense(1)(hidden)}
+        # Keras 3.10 takes the layers' names for those of the outputs.
+        sizes = {"class": 3, "size": 1}
+        outputs = {
+            name: layers.Dense(n, name=name)(hidden) for name, n in sizes.items()
+        }
         model = keras.Model({"a": a, "b": b}, outputs)
         model.compile(
             optimizers.Adam(0.05),

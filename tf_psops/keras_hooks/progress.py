@@ -21,11 +21,14 @@ class Progress:
             if isinstance(callback, keras.callbacks.ProgbarLogger):
                 for name in ("on_train_batch_end", "on_epoch_end"):
                     method = getattr(type(callback), name).__get__(callback)
-                    setattr(callback, name, self._show_also(method))
+                    setattr(callback, name, self._show_also(callback, method))
 
-    def _show_also(self, method):
+    def _show_also(self, callback, method):
         def show(index, logs=None):
             method(index, {**(logs or {}), **self._shown})
+            # Keras 3.10 would show means over the steps of the epoch.
+            if callback.progbar and callback.progbar.stateful_metrics is not None:
+                callback.progbar.stateful_metrics.update(self._shown)
 
         return show
 
