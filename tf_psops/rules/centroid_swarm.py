@@ -144,11 +144,11 @@ class CentroidSwarm(Rule):
         def products(mean, *pieces):
             piece = CentroidSwarmState(*pieces)
             way, velocity = mean - piece.position, piece.velocity
-            squares = 2 * tf.nn.l2_loss(way), 2 * tf.nn.l2_loss(velocity)
-            sums = tf.stack([*squares, tf.reduce_sum(way * velocity)])
-            return tf.cast(sums, tf.float64)
+            halves = tf.nn.l2_loss(way), tf.nn.l2_loss(velocity)
+            return *halves, tf.reduce_sum(way * velocity)
 
-        way, speed, along = tf.unstack(_pieces.add(products, news.vector, *state))
+        way, speed, along = _pieces.add(products, news.vector, *state)
+        way, speed = 2 * way, 2 * speed
         in_order = tf.math.is_finite(news.distances)
         distances = tf.where(in_order, tf.cast(news.distances, tf.float64), 0)
         count = tf.reduce_sum(tf.cast(in_order, tf.float64))

@@ -36,10 +36,10 @@ def have_diverged(fitness, distances):
 
 def distance(one, other):
     """Returns the Euclidean distance of two vectors."""
-    squares = _pieces.add(
-        lambda *pieces: tf.reduce_sum(tf.math.squared_difference(*pieces)), one, other
+    (square,) = _pieces.add(
+        lambda *pieces: [tf.reduce_sum(tf.math.squared_difference(*pieces))], one, other
     )
-    return tf.sqrt(squares)
+    return tf.sqrt(square)
 
 
 def is_finite(vector):
