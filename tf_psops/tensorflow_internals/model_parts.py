@@ -6,6 +6,8 @@ traced function writes, through all functions that it calls.
 
 import collections
 import contextlib
+import contextvars
+import functools
 import types
 
 import keras
@@ -141,25 +143,40 @@ def means(model):
 def noted_results(metrics):
     """Yields a dict from the number of a metric to the results that it gives.
 
-    By these alone can it be told from which metric a `train_step` has a number.
+    By these alone can it be told from which metric a `train_step` has a number. Several
+    replicas may be in their steps at the same time, each in a thread of its own.
     """
     given = {number: [] for number in range(len(metrics))}
-
-    def noting(number, result):
-        def noted():
-            given[number].append(result())
-            return given[number][-1]
-
-        return noted
-
-    try:
-        for number, metric in enumerate(metrics):
+    token = _given.set({id(metric): given[i] for i, metric in enumerate(metrics)})
+    for metric in metrics:
+        if id(metric) not in _noting:
             # Past Keras, which tracks what a metric is given.
-            object.__setattr__(metric, "result", noting(number, metric.result))
+            result = functools.partial(_note_result, id(metric), metric.result)
+            object.__setattr__(metric, "result", result)
+        _noting[id(metric)] += 1
+    try:
         yield given
     finally:
+        _given.reset(token)
         for metric in metrics:
-            object.__delattr__(metric, "result")
+            _noting[id(metric)] -= 1
+            if not _noting[id(metric)]:
+                del _noting[id(metric)]
+                object.__delattr__(metric, "result")
+
+
+def _note_result(key, result):
+    value = result()
+    if (given := _given.get()) and key in given:
+        given[key].append(value)
+    return value
+
+
+# How many replicas note the results of a metric, and lists of what this one has noted.
+_noting: collections.Counter[int] = collections.Counter()
+_given: contextvars.ContextVar[dict[int, list] | None] = contextvars.ContextVar(
+    "given", default=None
+)
 
 
 def moving_averages(optimizer):

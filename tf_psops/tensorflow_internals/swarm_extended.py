@@ -10,6 +10,8 @@ its own to TensorFlow, and `transport` joins them.
 `experimental_distribute_dataset`, which would hand them to several local CPUs by an
 iterator that may crash. `distribute.compute_batch_size` and `values.PerReplica` serve
 for the way without it.
+
+`CollectiveReplicaLauncher` makes TensorFlow's collectives. See `_keys_of_traces`.
 """
 
 import contextlib
@@ -24,6 +26,7 @@ from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.distribute import (
     collective_all_reduce_strategy,
     cross_device_ops,
+    cross_device_utils,
     input_util,
     values,
 )
@@ -204,7 +207,8 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         if self.replicas_per_particle == 1 or gradients_reduced.get():
             return value
         if len(self.worker_devices) > 1:
-            value = super()._replica_ctx_all_reduce(reduce_op, value, options)
+            with _keys_of_traces():
+                value = super()._replica_ctx_all_reduce(reduce_op, value, options)
         if not (self._share_gradients and self._container_strategy().peers):
             return value
         mean = reduce_op == tf.distribute.ReduceOp.MEAN
@@ -350,3 +354,20 @@ def of_replica():
     """Returns that of the replica that asks, `None` outside of a swarm's replicas."""
     replica = tf.distribute.get_replica_context()
     return replica and of(replica.strategy)
+
+
+@contextlib.contextmanager
+def _keys_of_traces():
+    """Lets collectives of a process' devices have the keys that they are traced with.
+
+    TensorFlow would take new ones at each call, lest workers that trace anew at other
+    times differ, but its control flow cannot hand them on to a function in a loop, such
+    as Keras has for `steps_per_execution`.
+    """
+    launcher = cross_device_utils.CollectiveReplicaLauncher
+    before = launcher._prefer_unique_instance_key
+    launcher._prefer_unique_instance_key = False
+    try:
+        yield
+    finally:
+        launcher._prefer_unique_instance_key = before
