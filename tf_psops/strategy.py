@@ -10,7 +10,7 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, cluster
+from tf_psops import _checks, cluster, rows_of_replicas
 from tf_psops.tensorflow_internals import model_parts, swarm_extended, trainer
 from tf_psops.transport import group, handshake, initial_values
 from tf_psops.transport import tls as tls_lib
@@ -52,8 +52,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         startup_timeout: Seconds to wait for all workers to start. Defaults to 300.
         share_gradients: Whether the gradients are averaged at every step, for
             synchronous SGD, to compare with. The swarm then stays together without
-            `PSOSync`. Losses are taken to be means over the rows, but compiled ones
-            with reduction "sum" or `None`. Defaults to `False`.
+            `PSOSync`. Each device counts by its rows. Defaults to `False`.
         timeout: Seconds to wait for the other workers wherever they meet after the
             start: at a synchronisation, a metric of the whole swarm, new variables.
             It must be more than anything takes that one worker does alone, such as to
@@ -333,6 +332,8 @@ class SwarmStrategy(tf.distribute.Strategy):
             if observer is not None and fn == model.train_step:
                 fn, trained = observer(fn), model
                 break
+        if self.extended.replicas_per_particle > 1:
+            fn = rows_of_replicas.knowing_rows(self, fn, (args, kwargs))
         result = super().run(fn, args=args, kwargs=kwargs, options=options)
         if trained is not None:
             self._note_written(trained)

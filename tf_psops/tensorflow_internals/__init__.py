@@ -6,4 +6,4 @@ and why no public one serves. All of it was checked against TensorFlow 2.19.1 wi
 """
 
 # What they replace in Keras has to be in place before any of it is used.
-from tf_psops.tensorflow_internals import gradients, trainer  # noqa: F401
+from tf_psops.tensorflow_internals import gradients, no_rows, trainer  # noqa: F401

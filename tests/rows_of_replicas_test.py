@@ -1,0 +1,221 @@
+"""Tests that replicas that share gradients train as plain Keras on all their rows."""
+
+import contextlib
+
+import clusters
+import keras
+import numpy as np
+import swarms
+import tensorflow as tf
+from absl.testing import parameterized
+from keras import layers, losses, ops, optimizers
+
+import tf_psops
+
+_BATCH = 4
+
+
+class Own(keras.Model):
+    """Has a loss of its own, which a function makes of those of the rows."""
+
+    def __init__(self, reduce):
+        super().__init__()
+        self.hidden, self.out = layers.Dense(5, "tanh"), layers.Dense(3)
+        self.mean = keras.metrics.Mean(name="loss")
+        self.reduce = reduce
+        self.build((None, 4))
+
+    def build(self, shape):
+        self.hidden.build(shape)
+        self.out.build((None, 5))
+
+    def call(self, x):
+        return self.out(self.hidden(x))
+
+    @property
+    def metrics(self):
+        return [self.mean]
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.reduce(
+                losses.sparse_categorical_crossentropy(y, self(x), from_logits=True)
+            )
+        weights = self.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        self.mean.update_state(ops.mean(loss))
+        return {"loss": self.mean.result()}
+
+
+def _of(reduce):
+    return lambda: Own(reduce)
+
+
+class Adds(layers.Layer):
+    def call(self, x):
+        self.add_loss(-0.03 * ops.sum(x**2))
+        return x
+
+
+def _sequential(*more):
+    return lambda: swarms.dense(*(layer() for layer in more))
+
+
+def _masked():
+    inputs = keras.Input([4])
+    hidden = layers.Dense(3)(layers.Masking(0.0)(layers.Reshape([4, 1])(inputs)))
+    return keras.Model(inputs, hidden)
+
+
+def _weighted():
+    return losses.SparseCategoricalCrossentropy(
+        from_logits=True, reduction="mean_with_sample_weight"
+    )
+
+
+_CASES = {
+    "compiled": {"rows": 11},
+    "compiled_without_rows": {"rows": 9},
+    "sum_compiled": {
+        "rows": 11,
+        "loss": lambda: losses.SparseCategoricalCrossentropy(
+            from_logits=True, reduction="sum"
+        ),
+    },
+    "weights": {"rows": 11, "loss": _weighted, "weighted": True},
+    "mask": {"rows": 11, "model": _masked, "masked": True},
+    "normalised": {
+        "rows": 11,
+        "model": _sequential(lambda: layers.BatchNormalization(synchronized=True)),
+    },
+    "activity": {
+        "rows": 12,
+        "reports": False,  # In Keras 3.10 it is a sum.
+        "model": _sequential(lambda: layers.Dense(4, activity_regularizer="l2")),
+    },
+    "steps_per_execution": {"rows": 16, "compile": {"steps_per_execution": 2}},
+    "eager": {"rows": 9, "compile": {"run_eagerly": True}},
+    "convolution": {
+        "rows": 9,
+        "model": _sequential(
+            lambda: layers.Reshape([4, 1]),
+            lambda: layers.Conv1D(3, 2, activation="relu"),
+            lambda: layers.MaxPooling1D(2),
+            layers.Flatten,
+        ),
+    },
+    "own_mean": {"rows": 11, "model": _of(ops.mean)},
+    "own_mean_without_rows": {"rows": 9, "model": _of(ops.mean)},
+    "own_sum": {"rows": 12, "model": _of(ops.sum), "reports": False},
+    "own_sum_uneven": {"rows": 9, "model": _of(ops.sum), "reports": False},
+    "own_sum_scaled": {
+        "rows": 12,
+        "model": _of(lambda loss: 0.3 * ops.sum(loss) - 1.0),
+        "reports": False,
+    },
+    "own_sum_by_global_batch": {
+        "rows": 12,
+        "model": _of(lambda loss: tf.nn.compute_average_loss(loss, None, _BATCH)),
+        "reports": False,
+    },
+    "own_mean_by_shape": {
+        "rows": 12,
+        "model": _of(lambda loss: ops.sum(loss) / tf.cast(tf.size(loss), loss.dtype)),
+    },
+    "own_losses_of_rows": {"rows": 9, "model": _of(lambda x: x), "reports": False},
+    "added_sum": {"rows": 11, "model": _sequential(Adds), "reports": False},
+}
+
+
+def _fit(strategy, case):
+    """Returns the weights of each local replica, and the history."""
+    random = np.random.default_rng(1)
+    x = random.normal(size=(case["rows"], 4)).astype("float32")
+    y, weight = x.argmax(-1) % 3, abs(x[:, 0])
+    if case.get("masked"):
+        x[x < -0.5] = 0
+        y = np.tile(y[:, None], [1, 4])
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = case.get("model", swarms.dense)()
+        loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(
+            optimizers.SGD(0.1, momentum=0.9),
+            case["loss"]() if "loss" in case else loss,
+            **case.get("compile", {}),
+        )
+    sync = tf_psops.PSOSync(2, tf_psops.ParameterAverage())
+    history = model.fit(
+        x, y, sample_weight=weight if case.get("weighted") else None, shuffle=False,
+        batch_size=_BATCH, epochs=2, verbose=0, callbacks=[sync] if strategy else [],
+    ).history  # fmt: skip
+    copies = [
+        strategy.experimental_local_results(v.value) if strategy else [v]
+        for v in model.trainable_variables
+    ]
+    weights = [[np.asarray(w) for w in own] for own in zip(*copies)]
+    return weights, history if case.get("reports", True) else {}
+
+
+def _fit_all(names):
+    """Trains on all devices of this worker of a cluster, which share gradients."""
+    cpu = tf.config.list_physical_devices("CPU")[0]
+    two = [tf.config.LogicalDeviceConfiguration()] * 2
+    tf.config.set_logical_device_configuration(cpu, two)
+    strategy = tf_psops.SwarmStrategy(["CPU:0", "CPU:1"], share_gradients=True)
+    return [_fit(strategy, _CASES[name]) for name in names]
+
+
+class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.named_parameters(_CASES.items())
+    def test_island_as_plain_keras_on_all_rows(self, case):
+        ((expected,), history) = _fit(None, case)
+        strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
+        self._assert_as(_fit(strategy, case), expected, history)
+
+    def test_two_workers_of_two_devices_share_gradients(self):
+        names = (
+            "compiled_without_rows", "sum_compiled", "weights", "mask", "normalised",
+            "steps_per_execution", "own_mean", "own_sum", "added_sum",
+        )  # fmt: skip
+        expected = [_fit(None, _CASES[name]) for name in names]
+        for worker in clusters.run(_fit_all, 2, names, timeout=240):
+            for found, ((weights,), history) in zip(worker, expected):
+                self._assert_as(found, weights, history)
+
+    def _assert_as(self, found, expected, history):
+        for weights in found[0]:
+            for weight, value in zip(weights, expected, strict=True):
+                self.assertAllClose(weight, value, rtol=1e-4, atol=1e-5)
+        if history:
+            self.assertAllClose(found[1], history, rtol=1e-4)
+
+
+class NoRowsTest(tf.test.TestCase, parameterized.TestCase):
+    @parameterized.named_parameters(
+        ("normalised", [lambda: layers.Conv2D(3, 2), layers.BatchNormalization]),
+        ("separable", [lambda: layers.SeparableConv2D(3, 2)]),
+        ("ops", [lambda: layers.Lambda(lambda x: ops.max_pool(x, 2))]),
+        ("deep", [lambda: layers.Conv2D(3, 2)] * 2 + [layers.GlobalMaxPooling2D]),
+    )
+    def test_particle_without_rows_stays_sound(self, parts):
+        """The last batch has one row for two particles."""
+        strategy = tf_psops.SwarmStrategy.in_process(2)
+        with strategy.scope():
+            model = keras.Sequential(
+                [keras.Input([4, 4, 1]), layers.Conv2D(2, 1)]
+                + [part() for part in parts]
+                + [layers.Flatten(), layers.Dense(3)]
+            )
+            swarms.compiled(model)
+        x = np.random.default_rng(0).normal(size=[9, 4, 4, 1]).astype("float32")
+        history = swarms.fit(model, x, y=np.arange(9) % 3, batch_size=4)
+        self.assertAllEqual(np.isfinite(history["loss"]), [True])
+        for variable in model.weights:
+            for copy in swarms.local(model, variable):
+                self.assertAllEqual(np.isfinite(copy), np.ones_like(copy, bool))
+
+
+if __name__ == "__main__":
+    tf.test.main()

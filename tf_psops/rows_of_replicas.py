@@ -1,0 +1,117 @@
+"""How many rows of a batch each replica has, where several train as one particle.
+
+Their gradients are averaged. What one has of a mean counts by its rows, so that a batch
+that does not go up trains as in one piece, and a replica without rows has no say.
+"""
+
+import contextlib
+import contextvars
+
+import tensorflow as tf
+
+_current: contextvars.ContextVar["RowsOfReplicas | None"] = contextvars.ContextVar(
+    "current", default=None
+)
+
+
+def current():
+    """Returns the `RowsOfReplicas` of the replica that asks, or `None`."""
+    replica = tf.distribute.get_replica_context()
+    rows = _current.get()
+    return rows if rows and replica and replica.strategy is rows.strategy else None
+
+
+def knowing_rows(strategy, function, arguments):
+    """Returns a function that a replica runs with `current` set.
+
+    Args:
+        strategy: A `SwarmStrategy` of whose particles each has several replicas.
+        function: The function that `strategy.run` is to run on every replica.
+        arguments: A nest of its arguments, the first tensor of which is a batch.
+    """
+    local = None
+    for value in tf.nest.flatten(arguments):
+        copies = strategy.experimental_local_results(value)
+        if all(map(_has_rows, copies)):
+            # One that is not split is each replica's.
+            times = 1 if len(copies) > 1 else len(strategy.extended.worker_devices)
+            local = times * tf.add_n([_count(copy) for copy in copies])
+            break
+    if local is None:
+        return function
+
+    def known(*args, **kwargs):
+        own = next(filter(_has_rows, tf.nest.flatten((args, kwargs))))
+        token = _current.set(RowsOfReplicas(strategy, own, local))
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _current.reset(token)
+
+    return known
+
+
+class RowsOfReplicas:
+    """What a replica knows of the rows of its particle.
+
+    Attributes:
+        strategy: The `SwarmStrategy`.
+        replicas: How many replicas the particle has, of all workers.
+        num_rows: Rows of this replica, an int where the graph knows them, or `None`.
+    """
+
+    def __init__(self, strategy, batch, local):
+        self.strategy = strategy
+        self.replicas = strategy.extended.replicas_per_particle
+        self.num_rows = batch.shape[0]
+        self._own = _count(batch)
+        self._graph = None if tf.executing_eagerly() else batch.graph
+        is_local = self.replicas <= len(strategy.extended.worker_devices)
+        self._total = local if is_local else None
+
+    def total(self):
+        """Returns the rows of all replicas of the particle; all of them must ask."""
+        if self._total is None:
+            # Where all that follows in this step can reach it.
+            graph = self._graph.as_default() if self._graph else None
+            with graph or contextlib.nullcontext():
+                self._total = self.sum(self._own)
+        return self._total
+
+    def sum(self, value):
+        """Returns the sum of a scalar over the replicas; all of them must ask."""
+        replica = tf.distribute.get_replica_context()
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(value, "float32"))
+
+    def weight(self):
+        """Returns what a mean over this replica's rows counts, 1 on average."""
+        return tf.math.divide_no_nan(self._own * self.replicas, self.total())
+
+    def weight_of_metric(self):
+        """Returns `weight`, or whether there are rows where nobody has asked for it."""
+        if self._total is None:
+            return tf.cast(self._own > 0, "float32")
+        return self.weight()
+
+    def weight_of_sum(self):
+        """Returns what a sum over this replica's rows is to be multiplied by."""
+        return tf.math.divide_no_nan(self.total(), self._own)
+
+    def knows_total(self):
+        """Tells whether `total` asks no other worker."""
+        return self._total is not None
+
+
+def _has_rows(value):
+    if isinstance(value, (tf.SparseTensor, tf.RaggedTensor)):
+        return True
+    return isinstance(value, tf.Tensor) and bool(value.shape.rank)
+
+
+def _count(value):
+    if isinstance(value, tf.SparseTensor):
+        rows = value.dense_shape[0]
+    else:
+        ragged = isinstance(value, tf.RaggedTensor)
+        rows = value.nrows() if ragged else tf.shape(value)[0]
+    return tf.cast(rows, tf.float32)
