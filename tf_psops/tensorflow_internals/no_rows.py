@@ -20,6 +20,24 @@ def _may_lack_rows(inputs):
     return unknown and extended is not None and extended._num_replicas_in_sync > 1
 
 
+def _padded(value):
+    """Returns a tensor with a row of zeros if it has none.
+
+    Where there are rows, neither `tf.pad` nor `tf.slice` copies anything; `tf.cond`
+    took a third of a step.
+    """
+    rows, *others = tf.unstack(tf.shape(value))
+    padding = [[0, tf.maximum(1 - rows, 0)], *([0, 0] for _ in others)]
+    return tf.ensure_shape(tf.pad(value, padding), [None, *value.shape[1:]])
+
+
+def _of_rows(value, rows):
+    """Returns the first rows of a tensor."""
+    sizes = [rows, *tf.unstack(tf.shape(value))[1:]]
+    first = tf.slice(value, [0] * len(sizes), sizes)
+    return tf.ensure_shape(first, [None, *value.shape[1:]])
+
+
 def _never_without_rows(function):
     """Gives a function that has no rows one of zeros, which reaches nothing.
 
@@ -31,14 +49,8 @@ def _never_without_rows(function):
     def call(inputs, *args, **kwargs):
         if not _may_lack_rows(inputs):
             return function(inputs, *args, **kwargs)
-        rows, *sizes = tf.unstack(tf.shape(inputs))
-
-        def of_none():
-            row = tf.zeros([1, *sizes], inputs.dtype)
-            row.set_shape([1, *inputs.shape[1:]])
-            return function(row, *args, **kwargs)[:0]
-
-        return tf.cond(rows > 0, lambda: function(inputs, *args, **kwargs), of_none)
+        outputs = function(_padded(inputs), *args, **kwargs)
+        return _of_rows(outputs, tf.shape(inputs)[0])
 
     return call
 
@@ -47,24 +59,26 @@ for _name in ("conv", "separable_conv", "max_pool"):
     setattr(nn, _name, _never_without_rows(getattr(nn, _name)))
 
 
-def _without_moments(call):
-    """Lets no rows be normalised as they are in evaluation: they have no moments."""
+def _keeping_moments(call):
+    """Lets no rows leave moving moments as they are: theirs are none."""
 
     @functools.wraps(call)
     def normalize(self, inputs, training=None, mask=None):
-        def normalized(training):
-            return call(self, inputs, training=training, mask=mask)
-
-        # Synchronised moments are those of all replicas, which all have to ask.
+        # Synchronised moments are those of all replicas, which may have rows.
         moves = training and self.trainable and not self.synchronized
         if not (moves and _may_lack_rows(inputs)):
-            return normalized(training)
-        return tf.cond(
-            tf.shape(inputs)[0] > 0, lambda: normalized(True), lambda: normalized(False)
-        )
+            return call(self, inputs, training=training, mask=mask)
+        rows = tf.shape(inputs)[0]
+        moments = self.moving_mean, self.moving_variance
+        before = [tf.identity(moment.value) for moment in moments]
+        mask = None if mask is None else _padded(mask)
+        outputs = call(self, _padded(inputs), training=training, mask=mask)
+        for moment, value in zip(moments, before):
+            moment.assign(tf.where(rows > 0, moment.value, value))
+        return _of_rows(outputs, rows)
 
     return normalize
 
 
 _Normalization = keras.layers.BatchNormalization
-_Normalization.call = _without_moments(_Normalization.call)
+_Normalization.call = _keeping_moments(_Normalization.call)
