@@ -273,10 +273,11 @@ class ResumeInClusterTest(tf.test.TestCase):
             self.enter_context(tempfile.TemporaryDirectory()) for _ in range(2)
         )
         expected = clusters.run(_train_in_cluster, 2, straight)
+        newest = pathlib.Path(folder, "fit-0", "sync-3-particle-1.npz")
         with clusters.start(_train_in_cluster, 2, folder, 17) as cluster:
+            self.wait_for(newest.exists)
             self.kill_once_two_wait(cluster, folder)
         # As if one worker had been killed while it wrote its newest backup.
-        newest = pathlib.Path(folder, "fit-0", "sync-3-particle-1.npz")
         newest.rename(newest.parent / ".particle-1.unfinished")
         self.assertEqual(clusters.run(_train_in_cluster, 2, folder), expected)
         self.assertEmpty(list(pathlib.Path(folder).glob("*/.*")))
