@@ -105,6 +105,14 @@ _CASES = {
             layers.Flatten,
         ),
     },
+    "embedding": {
+        "rows": 11,
+        "model": _sequential(
+            lambda: layers.Lambda(lambda x: tf.cast(abs(x), "int32")),
+            lambda: layers.Embedding(5, 3),
+            layers.Flatten,
+        ),
+    },
     "own_mean": {"rows": 11, "model": _of(ops.mean)},
     "own_mean_without_rows": {"rows": 9, "model": _of(ops.mean)},
     "own_sum": {"rows": 12, "model": _of(ops.sum), "reports": False},

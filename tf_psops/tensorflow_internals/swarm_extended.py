@@ -358,16 +358,25 @@ def of_replica():
 
 @contextlib.contextmanager
 def _keys_of_traces():
-    """Lets collectives of a process' devices have the keys that they are traced with.
+    """Lets collectives in a loop of a graph have the keys that they are traced with.
 
-    TensorFlow would take new ones at each call, lest workers that trace anew at other
-    times differ, but its control flow cannot hand them on to a function in a loop, such
-    as Keras has for `steps_per_execution`.
+    TensorFlow takes new ones at each call, but its control flow cannot hand them on to
+    a function in a loop, such as Keras has for `steps_per_execution`. With one key, all
+    calls have to have tensors of the same shape.
     """
     launcher = cross_device_utils.CollectiveReplicaLauncher
     before = launcher._prefer_unique_instance_key
-    launcher._prefer_unique_instance_key = False
+    launcher._prefer_unique_instance_key = before and not _is_in_loop()
     try:
         yield
     finally:
         launcher._prefer_unique_instance_key = before
+
+
+def _is_in_loop():
+    graph = None if tf.executing_eagerly() else tf.compat.v1.get_default_graph()
+    while graph is not None:
+        if getattr(graph, "is_control_flow_graph", False):
+            return True
+        graph = getattr(graph, "outer_graph", None)
+    return False
