@@ -34,6 +34,7 @@ _FOLDERS = (
     "tf_psops/transport",
     "tf_psops/keras_hooks",
     "tf_psops/backups",
+    "tf_psops/batches",
     "tf_psops/launcher",
     "trainers",
     "trainers/datasets",

@@ -4,7 +4,7 @@ import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers, ops
 
-from tf_psops import sums_of_rows
+from tf_psops.batches import sums_of_rows
 
 _SUMS = {
     "sum": (lambda x: ops.sum(x), 1.0),

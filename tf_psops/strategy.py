@@ -10,7 +10,8 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, cluster, rows_of_replicas
+from tf_psops import _checks, cluster
+from tf_psops.batches import rows_of_replicas
 from tf_psops.tensorflow_internals import model_parts, swarm_extended, trainer
 from tf_psops.transport import group, handshake, initial_values
 from tf_psops.transport import tls as tls_lib

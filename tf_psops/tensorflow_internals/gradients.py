@@ -16,7 +16,7 @@ from keras.src.losses import loss as loss_lib
 from keras.src.trainers import compile_utils
 from tensorflow.python.eager import record
 
-from tf_psops import rows_of_replicas, sums_of_rows
+from tf_psops.batches import rows_of_replicas, sums_of_rows
 from tf_psops.tensorflow_internals import swarm_extended, swarm_variable
 
 

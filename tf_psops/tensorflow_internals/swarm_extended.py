@@ -31,7 +31,7 @@ from tensorflow.python.distribute import (
     values,
 )
 
-from tf_psops import local_batches
+from tf_psops.batches import local_batches
 from tf_psops.tensorflow_internals import swarm_variable, user_data
 
 # Group keys of its own for every strategy: TensorFlow takes a key for one number of

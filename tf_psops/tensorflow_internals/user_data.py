@@ -11,7 +11,7 @@ import itertools
 import tensorflow as tf
 from tensorflow.python.data.ops import multi_device_iterator_ops
 
-from tf_psops import local_batches
+from tf_psops.batches import local_batches
 
 
 def _without_tuning(create_dataset):

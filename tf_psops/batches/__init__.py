@@ -1,0 +1,1 @@
+"""How the rows of a batch are split over replicas, and what that means for a loss."""
