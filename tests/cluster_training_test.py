@@ -202,16 +202,17 @@ class TrainingTest(tf.test.TestCase, parameterized.TestCase):
             self.assertNotAllClose(trajectory[1, 0], trajectory[1, 1], atol=1e-3)
 
 
-class _SlowSteps(keras.callbacks.Callback):
-    """Notes each step in a file, and takes its time."""
+class _Steps(keras.callbacks.Callback):
+    """Writes down each step, and stops its process at one of them."""
 
-    def __init__(self, path):
+    def __init__(self, file, stop_at):
         super().__init__()
-        self._path = path
+        self.file, self.stop_at = file, stop_at
 
     def on_train_batch_end(self, batch, logs=None):
-        self._path.write_text(f"{batch + 1}")
-        time.sleep(0.02)
+        self.file.write_text(str(batch + 1))
+        if batch + 1 == self.stop_at:
+            os.kill(os.getpid(), signal.SIGSTOP)
 
 
 class _Growth(keras.callbacks.Callback):
@@ -248,10 +249,12 @@ class LongTrainingTest(tf.test.TestCase, parameterized.TestCase):
             self.assertLess(growth, 1.01)
 
 
-def _train_slowly(folder, every, delay, steps):
+def _train_and_stop(folder, every, delay, steps, stop_at):
+    """Trains; the second worker stops after a step."""
     strategy = tf_psops.SwarmStrategy()
     model = _model(strategy)
-    note = _SlowSteps(pathlib.Path(folder, str(strategy.worker_index)))
+    file = pathlib.Path(folder, str(strategy.worker_index))
+    note = _Steps(file, stop_at if strategy.worker_index else None)
     sync = tf_psops.PSOSync(every, delay=delay)
     data = _data(4).batch(4).repeat(steps)
     model.fit(data, callbacks=[note, sync], verbose=0)
@@ -259,35 +262,24 @@ def _train_slowly(folder, every, delay, steps):
 
 
 class StoppedWorkerTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.parameters(0, 30)
+    @parameterized.parameters(0, 5)
     def test_worker_trains_on_until_its_next_synchronisation(self, delay):
-        every = 60
-        last = 2 * every + delay  # The step at whose end it has to wait.
+        every = 10
+        stop_at = every + delay + 1  # One step after both have met.
+        last = 2 * every + delay  # The step at whose end the other one has to wait.
         folder = pathlib.Path(self.get_temp_dir())
 
-        def step(worker):
+        def steps():
             with contextlib.suppress(FileNotFoundError, ValueError):
-                return int((folder / str(worker)).read_text())
-            return 0
+                return [int((folder / worker).read_text()) for worker in "01"]
 
-        def wait_for_step(worker, at_least, seconds):
-            deadline = time.monotonic() + seconds
-            while step(worker) < at_least and time.monotonic() < deadline:
+        arguments = str(folder), every, delay, 3 * every, stop_at
+        with clusters.start(_train_and_stop, 2, *arguments) as cluster:
+            deadline = time.monotonic() + 90
+            while steps() != [last, stop_at] and time.monotonic() < deadline:
                 time.sleep(0.01)
-            return step(worker)
-
-        arguments = str(folder), every, delay, 3 * every
-        with clusters.start(_train_slowly, 2, *arguments) as cluster:
-            first = every + delay  # Here both meet for the first synchronisation.
-            self.assertGreater(wait_for_step(1, first + 1, 60), first)
-            os.kill(cluster.pids[1], signal.SIGSTOP)
-            stopped = step(1)
-            self.assertLess(stopped, 2 * every)
-            self.assertLess(step(0), 2 * every)
-            self.assertEqual(wait_for_step(0, last, 10), last)
             time.sleep(0.5)
-            self.assertEqual(step(0), last)
-            self.assertEqual(step(1), stopped)
+            self.assertEqual(steps(), [last, stop_at])
             os.kill(cluster.pids[1], signal.SIGCONT)
             self.assertEqual(cluster.results(60), [3, 3])
 
