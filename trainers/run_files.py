@@ -2,10 +2,14 @@
 
 import collections
 import math
+import time
+import weakref
 
 import keras
 
 from trainers import files
+
+_SECONDS_TO_WRITE = 1
 
 
 class MetricsLog(keras.callbacks.Callback):
@@ -37,7 +41,7 @@ class MetricsLog(keras.callbacks.Callback):
 
 
 class SwarmLog(keras.callbacks.Callback):
-    """Writes each record of `PSOSync.log` as one line of JSON, as soon as it is there.
+    """Writes each record of `PSOSync.log` as one line of JSON, within a second.
 
     It must stand behind the `PSOSync` in the list of callbacks. A record has "metrics"
     besides: the means of Keras' metrics over the steps since the last record, of the
@@ -53,9 +57,13 @@ class SwarmLog(keras.callbacks.Callback):
         super().__init__()
         self._lines = files.JsonLines(path, "sync")
         self._sync = sync
+        self._waiting = []
+        # By itself after a training that has failed.
+        weakref.finalize(self, _write_all, self._lines, self._waiting)
 
     def on_train_begin(self, logs=None):
-        self._num_written = 0
+        self._num_taken = 0
+        self._written = 0.0
         self._seen = 0, {}
         self._forget()
 
@@ -67,25 +75,29 @@ class SwarmLog(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         self._seen = batch + 1, logs or {}
-        self._write_new()
+        self._take_new()
+        # A line at once would take more of a short synchronisation than all else.
+        if self._waiting and time.monotonic() - self._written > _SECONDS_TO_WRITE:
+            _write_all(self._lines, self._waiting)
+            self._written = time.monotonic()
 
     def on_epoch_end(self, epoch, logs=None):
         self._count()
 
     def on_train_end(self, logs=None):
-        self._write_new()
+        self._take_new()
+        _write_all(self._lines, self._waiting)
         self._lines.close()
 
-    def _write_new(self):
-        records = self._sync.log[self._num_written :]
+    def _take_new(self):
+        records = self._sync.log[self._num_taken :]
         if not records:
             return
         self._count()
         means = {n: total / max(self._steps, 1) for n, total in self._sums.items()}
         finite = {n: m if math.isfinite(m) else None for n, m in means.items()}
-        for record in records:
-            self._lines.append({**record, "metrics": finite})
-        self._num_written += len(records)
+        self._waiting += [{**record, "metrics": finite} for record in records]
+        self._num_taken += len(records)
         self._forget()
 
     def _count(self):
@@ -96,3 +108,9 @@ class SwarmLog(keras.callbacks.Callback):
             self._sums[name] += total - self._noted.get(name, 0.0)
         self._steps += steps - self._noted_steps
         self._noted_steps, self._noted = steps, totals
+
+
+def _write_all(lines, waiting):
+    for record in waiting:
+        lines.append(record)
+    waiting.clear()
