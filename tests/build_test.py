@@ -30,7 +30,6 @@ _FOLDERS = (
     "tf_psops",
     "tf_psops/rules",
     "tf_psops/sync",
-    "tf_psops/tensorflow_internals",
     "tf_psops/transport",
     "tf_psops/keras_hooks",
     "tf_psops/backups",

@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, heartbeat, rules
+from tf_psops import _checks, heartbeat, rules, tensorflow_internals
 from tf_psops.backups import resume
 from tf_psops.keras_hooks import (
     file_writers,
@@ -21,7 +21,6 @@ from tf_psops.keras_hooks import (
     swarm_summaries,
 )
 from tf_psops.sync import alarms, divergence, synchronizer
-from tf_psops.tensorflow_internals import fit_calls, model_parts
 from tf_psops.transport import equality
 
 # What a worker votes for the whole swarm, the strongest last.
@@ -284,7 +283,7 @@ class PSOSync(keras.callbacks.Callback):
     def set_model(self, model):
         super().set_model(model)
         fit_checks.check_strategy(model)
-        callback_list = fit_calls.calling_list(self)
+        callback_list = tensorflow_internals.calling_list(self)
         if callback_list is None:
             return
         fit_checks.check_callbacks(callback_list.callbacks, PSOSync)
@@ -301,7 +300,7 @@ class PSOSync(keras.callbacks.Callback):
         )
         fit_checks.check_scope(self.model)
         # A later `fit` of the same compiled model goes on with what was traced.
-        loss_tracker = model_parts.means(self.model)[0]
+        loss_tracker = tensorflow_internals.means(self.model)[0]
         compiled = (self.model, self.model.optimizer, loss_tracker)
         speaker = swapped_weights.speaker(self.model)
         is_new = self._synchronized != compiled or speaker is not self._synchronizer
@@ -350,7 +349,7 @@ class PSOSync(keras.callbacks.Callback):
         self._alarms = alarms.Alarms(self.sync_every)
         if self._summaries:
             self._summaries.close()
-        callback_list = fit_calls.calling_list(self)
+        callback_list = tensorflow_internals.calling_list(self)
         self._progress = callback_list and progress.Progress(callback_list)
         self._summaries = callback_list and swarm_summaries.SwarmSummaries(
             callback_list,
@@ -430,7 +429,7 @@ class PSOSync(keras.callbacks.Callback):
 
     def _averages_callback(self):
         """Returns what tells whether moving averages are shown, or `None`."""
-        callback_list = fit_calls.calling_list(self)
+        callback_list = tensorflow_internals.calling_list(self)
         swaps = [
             callback
             for callback in getattr(callback_list, "callbacks", ())
@@ -438,7 +437,7 @@ class PSOSync(keras.callbacks.Callback):
         ]
         if not swaps:
             return None
-        return lambda: fit_calls.shows_moving_averages(swaps)
+        return lambda: tensorflow_internals.shows_moving_averages(swaps)
 
     def _unless_all_diverged(self, *functions):
         """Calls functions, and stops all workers if a TerminateOnNaN would, on any.

@@ -10,9 +10,8 @@ import keras
 import tensorflow as tf
 from absl import logging
 
-from tf_psops import _checks, cluster
+from tf_psops import _checks, cluster, tensorflow_internals
 from tf_psops.batches import rows_of_replicas
-from tf_psops.tensorflow_internals import model_parts, swarm_extended, trainer
 from tf_psops.transport import group, handshake, initial_values
 from tf_psops.transport import tls as tls_lib
 from tf_psops.transport.collectives import Collectives
@@ -150,7 +149,7 @@ class SwarmStrategy(tf.distribute.Strategy):
             weakref.WeakKeyDictionary()
         )
         super().__init__(
-            swarm_extended.SwarmExtended(
+            tensorflow_internals.SwarmExtended(
                 self, devices, cluster_resolver, len(workers), index, share_gradients
             )
         )
@@ -176,7 +175,7 @@ class SwarmStrategy(tf.distribute.Strategy):
                 secret=handshake.read_secret(),
                 tls=tls or tls_lib.read_tls(),
             )
-            trainer.join_failures()
+            tensorflow_internals.join_failures()
         num_devices = len(self.extended.worker_devices)
         self.local_replicas_per_particle = num_devices if particle == "worker" else 1
         self.collectives = Collectives(
@@ -281,7 +280,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         except Exception as error:
             own = not isinstance(error, tf.errors.OpError)
             if own and not hasattr(error, "is_known_to_all"):
-                trainer.known_to_all(error)
+                tensorflow_internals.known_to_all(error)
             raise
 
     @contextlib.contextmanager
@@ -345,7 +344,7 @@ class SwarmStrategy(tf.distribute.Strategy):
             self._written[model] = None
         elif self._written.setdefault(model, {}) is not None:
             graph = tf.compat.v1.get_default_graph()
-            handles = model_parts.written_handles(graph)
+            handles = tensorflow_internals.written_handles(graph)
             self._written[model].update((id(handle), handle) for handle in handles)
 
     def is_written(self, model: keras.Model, variable: tf.Variable) -> bool | None:

@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 from absl import logging
 
+from tf_psops import tensorflow_internals
 from tf_psops.backups import preemption, skipped_batches, store
-from tf_psops.tensorflow_internals import fit_calls, trainer
 
 _NEVER = 1 << 60  # An epoch that no training comes to.
 
@@ -85,7 +85,7 @@ class Resume:
         )
         model.train_function = self._skipped_batches
         self._last = None
-        fit_calls.begin_at_epoch(model, None)
+        tensorflow_internals.begin_at_epoch(model, None)
         joins = group is not None and group.is_joining
         if joins:
             found = self._join(group)
@@ -98,7 +98,7 @@ class Resume:
         logging.info(
             "Resuming at epoch %d, local step %d.", place["epoch"], place["steps"]
         )
-        fit_calls.begin_at_epoch(model, place["epoch"])
+        tensorflow_internals.begin_at_epoch(model, place["epoch"])
 
         def arrive():
             newcomers = [
@@ -131,7 +131,7 @@ class Resume:
             strategy.invitation = group.join(strategy.timeout)
         header, load = self._sent(strategy.invitation)
         if header["fit"] > strategy.num_fits:
-            fit_calls.begin_at_epoch(self._model, _NEVER)
+            tensorflow_internals.begin_at_epoch(self._model, _NEVER)
             return None
         strategy.invitation = None
         return header, load, True
@@ -215,7 +215,7 @@ class Resume:
         if preempted:
             self._backups.wait()
             logging.warning("Leaving after SIGTERM; a backup is taken.")
-            raise trainer.known_to_all(SystemExit(preemption.EXIT_CODE))
+            raise tensorflow_internals.known_to_all(SystemExit(preemption.EXIT_CODE))
 
     def end(self, place):
         """Ends the training.
@@ -232,7 +232,7 @@ class Resume:
         if self._skipped_batches is None:
             return
         self._model.train_function = self._skipped_batches.train_function
-        fit_calls.begin_at_epoch(self._model, None)
+        tensorflow_internals.begin_at_epoch(self._model, None)
         self._num_trainings += 1
 
     def end_early(self, place):

@@ -3,7 +3,7 @@
 import keras
 
 from tf_psops import strategy as strategy_lib
-from tf_psops.tensorflow_internals import model_parts
+from tf_psops import tensorflow_internals
 
 
 def check_strategy(model):
@@ -66,7 +66,7 @@ def check_scope(model):
             "PSOSync needs a model with an optimizer. Received: optimizer=None. "
             "Compile the model with one, inside `with strategy.scope():`."
         )
-    loss_tracker, *metrics = model_parts.means(model)
+    loss_tracker, *metrics = tensorflow_internals.means(model)
     # `optimizer.iterations` is no variable where gradients accumulate.
     made = {
         "a model": model.trainable_variables,

@@ -14,8 +14,8 @@ import shutil
 import tensorflow as tf
 from absl import logging
 
+from tf_psops import tensorflow_internals
 from tf_psops.backups import skipped_batches
-from tf_psops.tensorflow_internals import fit_calls
 
 _ASKED = ("evaluate", "get_weights", "predict_on_batch", "test_on_batch")
 _SAVED = ("save", "save_weights", "export")
@@ -80,9 +80,9 @@ def _from_agreed(method, model, synchronizer, sync_class):
 
     @functools.wraps(method)
     def train(*args, **kwargs):
-        if not fit_calls.is_fitting(model):
+        if not tensorflow_internals.is_fitting(model):
             synchronizer.come_to_rest()
-            fit_calls.begin_at_epoch(model, None)
+            tensorflow_internals.begin_at_epoch(model, None)
             skips = model.train_function
             if isinstance(skips, skipped_batches.SkippedBatches):
                 model.train_function = skips.train_function

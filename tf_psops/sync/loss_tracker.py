@@ -2,7 +2,7 @@
 
 import tensorflow as tf
 
-from tf_psops.tensorflow_internals import model_parts
+from tf_psops import tensorflow_internals
 
 
 class LossTracker:
@@ -25,7 +25,7 @@ class LossTracker:
     """
 
     def __init__(self, strategy, model):
-        self._means = model_parts.means(model)
+        self._means = tensorflow_internals.means(model)
         self._optimizer = model.optimizer
         with strategy.scope():
             # Steps, and since `close` steps, learning rates, loss and weight. One
@@ -46,8 +46,8 @@ class LossTracker:
         def noted(data):
             before = [_sums(mean) for mean in self._means]
             # That of this step, which moves a schedule on.
-            rate = model_parts.learning_rate(self._optimizer)
-            with model_parts.noted_results(self._means) as results:
+            rate = tensorflow_internals.learning_rate(self._optimizer)
+            with tensorflow_internals.noted_results(self._means) as results:
                 result = train_step(data)
             gains = [_sums(mean) - sums for mean, sums in zip(self._means, before)]
             returned = result.get("loss") if isinstance(result, dict) else None

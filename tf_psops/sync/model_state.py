@@ -5,7 +5,7 @@ from typing import NamedTuple
 import keras
 import tensorflow as tf
 
-from tf_psops.tensorflow_internals import model_parts
+from tf_psops import tensorflow_internals
 
 
 class ModelState(NamedTuple):
@@ -59,13 +59,13 @@ def find(strategy, model, before=None):
         before: What was found when the training step was about to be traced. What is
             trainable, and what fresh slots hold, is as it was then.
     """
-    objects = model_parts.reached(model)
+    objects = tensorflow_internals.reached(model)
     made = {id(variable) for variable in strategy.extended.variables()}
     held = {id(value): value for value in objects if isinstance(value, tf.Variable)}
     variables = [v for v in strategy.extended.variables() if id(v) in held]
     # Containers may have another order on another worker.
     place = {id(variable): number for number, variable in enumerate(variables)}
-    optimizers = model_parts.optimizers_of(objects)
+    optimizers = tensorflow_internals.optimizers_of(objects)
     weights = [variable.value for variable in model.trainable_variables]
     fresh = {}
     if before:
@@ -74,7 +74,7 @@ def find(strategy, model, before=None):
     averages = [
         (weight.value, average.value)
         for optimizer in optimizers
-        for weight, average in model_parts.moving_averages(optimizer)
+        for weight, average in tensorflow_internals.moving_averages(optimizer)
         if id(average.value) in place
     ]
     averages.sort(key=lambda pair: place[id(pair[1])])

@@ -5,7 +5,7 @@ import hashlib
 import numpy as np
 import tensorflow as tf
 
-from tf_psops.tensorflow_internals import swarm_variable
+from tf_psops import tensorflow_internals
 from tf_psops.transport import equality
 
 
@@ -70,15 +70,15 @@ def _first_place(strategy):
 def _value(strategy, variable):
     """Returns the value with which the swarm's first replica would begin."""
     value = strategy.experimental_local_results(variable)[0].read_value()
-    if swarm_variable.is_seed(variable.name):
-        value = swarm_variable.move_seed(value, -_first_place(strategy))
+    if tensorflow_internals.is_seed(variable.name):
+        value = tensorflow_internals.move_seed(value, -_first_place(strategy))
     return value.numpy()
 
 
 def _assign(strategy, variable, value):
     for replica, copy in enumerate(strategy.experimental_local_results(variable)):
         own = tf.constant(value)
-        if swarm_variable.is_seed(variable.name):
+        if tensorflow_internals.is_seed(variable.name):
             places = _first_place(strategy) + replica
-            own = swarm_variable.move_seed(own, places)
+            own = tensorflow_internals.move_seed(own, places)
         copy.assign(own)
