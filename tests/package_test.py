@@ -2,6 +2,8 @@
 
 import ast
 import inspect
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -45,6 +47,17 @@ class ImportTest(parameterized.TestCase):
         program += "\nimport sys; assert 'tensorflow' in sys.modules"
         result = _run(program)
         self.assertEqual(result.returncode, 0, result)
+
+
+class PrivateNamesTest(absltest.TestCase):
+    def test_one_module_imports_them(self):
+        folder = pathlib.Path(tf_psops.__file__).parent
+        modules = [
+            module.relative_to(folder).as_posix()
+            for module in folder.rglob("*.py")
+            if re.search(r"\b(tensorflow\.python|keras\.src)\b", module.read_text())
+        ]
+        self.assertEqual(modules, ["tensorflow_internals.py"])
 
 
 class NamesTest(absltest.TestCase):
