@@ -33,11 +33,20 @@ def _with_environment(**environ):
         tf_psops.SwarmStrategy()
 
 
+def _of_backend(name):
+    with mock.patch("keras.backend.backend", return_value=name):
+        _strategy()
+
+
 # Name: what is called, the error, and what its text says in this order.
 _ARGUMENTS = {
     "devices_none": (
         lambda: tf_psops.SwarmStrategy(devices=[]),
         ValueError, "`devices`", "'GPU:0', 'GPU:1'", r"devices=\[\]",
+    ),
+    "backend": (
+        lambda: _of_backend("torch"),
+        ValueError, "'tensorflow'", "'torch'", "KERAS_BACKEND=tensorflow",
     ),
     "devices_text": (
         lambda: tf_psops.SwarmStrategy(devices="CPU:0"),

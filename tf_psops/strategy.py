@@ -74,8 +74,8 @@ class SwarmStrategy(tf.distribute.Strategy):
             machine and a slow network between the machines. Defaults to "device".
 
     Raises:
-        ValueError: If `TF_CONFIG` or an argument is not usable, or the workers have
-            different ones; later, if the workers make different variables.
+        ValueError: If `TF_CONFIG`, Keras' backend or an argument is not usable, or the
+            workers have different ones; later, if the workers make different variables.
         OSError: If this worker cannot listen at its address of `TF_CONFIG`.
         TimeoutError: If a worker has not started after `startup_timeout` seconds, or
             later, if it has not come after `timeout` seconds.
@@ -103,6 +103,7 @@ class SwarmStrategy(tf.distribute.Strategy):
         tls: tls_lib.TLS | None = None,
         particle: Literal["device", "worker"] = "device",
     ):
+        _check_backend()
         _check_devices(devices)
         _checks.check(
             isinstance(particle, str) and particle in ("device", "worker"),
@@ -408,6 +409,16 @@ class SwarmStrategy(tf.distribute.Strategy):
                 lambda v: self.experimental_local_results(v)[0], value
             )
         return super().reduce(reduce_op, value, axis)
+
+
+def _check_backend():
+    backend = keras.backend.backend()
+    if backend != "tensorflow":
+        raise ValueError(
+            "A swarm trains with Keras' backend 'tensorflow'. Received: "
+            f"{backend!r}. Set the environment variable KERAS_BACKEND=tensorflow "
+            "before Keras is imported, or change it in ~/.keras/keras.json."
+        )
 
 
 def _check_devices(devices):
