@@ -225,5 +225,123 @@ class NoRowsTest(tf.test.TestCase, parameterized.TestCase):
                 self.assertAllEqual(np.isfinite(copy), np.ones_like(copy, bool))
 
 
+class Uncertain(Own):
+    """Has a weight in its loss whose gradient is NaN of no rows, and no metric."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.weight = self.add_weight(shape=(), name="weight")
+
+    def loss_of(self, data):
+        x, y = data
+        each = losses.sparse_categorical_crossentropy(y, self(x), from_logits=True)
+        return ops.exp(-self.weight) * self.reduce(each) + self.weight
+
+    def train_step(self, data):
+        with tf.GradientTape() as tape:
+            loss = self.loss_of(data)
+        weights = self.trainable_weights
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        return {"own": loss}
+
+    def test_step(self, data):
+        return {"own": self.loss_of(data)}
+
+
+class AddsMean(layers.Layer):
+    def call(self, x):
+        self.add_loss(0.1 * ops.mean(x**2))
+        return x
+
+
+_LACKING = {
+    "own": _of(ops.mean),
+    "returned": lambda: Uncertain(ops.mean),
+    "added": _sequential(AddsMean, lambda: layers.Embedding(9, 1), layers.Flatten),
+}
+
+
+def _fit_alone(strategy, make, x, optimizer=optimizers.SGD, **kwargs):
+    """Returns the weights of each local particle, the history and an evaluation."""
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = swarms.compiled(make(), optimizer(0.1), **kwargs)
+    size = 2 * (strategy.num_replicas_in_sync if strategy else 1)
+    data = tf.data.Dataset.from_tensor_slices((x, x.argmax(-1) % 3)).batch(size)
+    history = model.fit(data, verbose=0).history
+    evaluated = type(model) is Uncertain and model.evaluate(data, verbose=0)
+    copies = zip(
+        *(
+            swarms.local(model, v) if strategy else [v.numpy()]
+            for v in model.trainable_variables
+        )
+    )
+    return list(copies), history, evaluated
+
+
+def _fit_alone_on_worker(names, x):
+    strategy = tf_psops.SwarmStrategy()
+    return [_fit_alone(strategy, _LACKING[name], x) for name in names]
+
+
+class LackingTest(tf.test.TestCase, parameterized.TestCase):
+    """Of two particles that train alone the last batch has rows for the first only."""
+
+    def _rows(self):
+        """Returns all rows, and those of each particle."""
+        x = abs(np.random.default_rng(1).normal(size=(9, 4))).astype("float32")
+        return x, (x[[0, 1, 4, 5, 8]], x[[2, 3, 6, 7]])
+
+    def _check(self, found, plain):
+        for weights, (expected,) in zip(found, (weights for weights, *_ in plain)):
+            for weight, value in zip(weights, expected, strict=True):
+                self.assertAllEqual(weight, value)
+
+    @parameterized.product(name=tuple(_LACKING), eager=(False, True))
+    def test_one_process(self, name, eager):
+        x, parts = self._rows()
+        make, kwargs = _LACKING[name], {"run_eagerly": eager}
+        plain = [_fit_alone(None, make, part, **kwargs) for part in parts]
+        strategy = tf_psops.SwarmStrategy.in_process(2)
+        found = _fit_alone(strategy, make, x, **kwargs)
+        self._check(found[0], plain)
+        self._check_reports(name, found, plain)
+
+    def test_two_workers(self):
+        x, parts = self._rows()
+        plain = {
+            name: [_fit_alone(None, make, part) for part in parts]
+            for name, make in _LACKING.items()
+        }
+        workers = clusters.run(_fit_alone_on_worker, 2, tuple(_LACKING), x, timeout=240)
+        for name, *found in zip(_LACKING, *workers):
+            self._check([weights for (weights,), *_ in found], plain[name])
+            for result in found:
+                self._check_reports(name, result, plain[name])
+
+    def _check_reports(self, name, found, plain):
+        """Checks the history: the last step's own loss, or the mean of all losses."""
+        _, history, evaluated = found
+        if name == "returned":
+            self.assertAllClose(history["own"], plain[0][1]["own"], rtol=1e-6)
+            # The first particle's weights, of the last row.
+            self.assertAllClose(evaluated, plain[0][2], rtol=1e-6)
+            return
+        # In "own" each batch counts once, in Keras' own tracker by its rows.
+        counts = (3, 2) if name == "own" else (5, 4)
+        expected = np.average([h["loss"][0] for _, h, _ in plain], weights=counts)
+        self.assertAllClose(history["loss"], [expected], rtol=1e-6)
+
+    def test_moments_of_an_optimizer_go_on(self):
+        """As with a compiled loss the step is one of gradient 0."""
+        x, _ = self._rows()
+        strategy = tf_psops.SwarmStrategy.in_process(2)
+        (_, weights), *_ = _fit_alone(
+            strategy, _LACKING["returned"], x, optimizers.Adam, steps_per_execution=3
+        )
+        for weight in weights:
+            self.assertAllEqual(np.isfinite(weight), np.ones_like(weight, bool))
+
+
 if __name__ == "__main__":
     tf.test.main()

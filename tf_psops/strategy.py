@@ -162,7 +162,10 @@ class SwarmStrategy(tf.distribute.Strategy):
         # A weak reference to what takes a backup where too few workers are left.
         self.end_in_backup: Callable[[], Callable[[], None] | None] = lambda: None
         self.peers = None
+        self._rows_of_logs = None  # Of the last step that returned any.
         if len(workers) > 1:
+            with tf.device(self.extended.worker_devices[0]):
+                self._rows_of_logs = tf.Variable(1.0, trainable=False)
             self.peers = group.shared(
                 index,
                 workers,
@@ -333,9 +336,12 @@ class SwarmStrategy(tf.distribute.Strategy):
             if observer is not None and fn == model.train_step:
                 fn, trained = observer(fn), model
                 break
-        if self.extended.replicas_per_particle > 1:
-            fn = rows_of_replicas.knowing_rows(self, fn, (args, kwargs))
+        fn, rows = rows_of_replicas.knowing_rows(
+            self, fn, (args, kwargs), tensorflow_internals.of_all_rows
+        )
         result = super().run(fn, args=args, kwargs=kwargs, options=options)
+        if self._rows_of_logs is not None and isinstance(result, dict):
+            self._rows_of_logs.assign(1.0 if rows is None else rows)
         if trained is not None:
             self._note_written(trained)
         return result
@@ -368,7 +374,8 @@ class SwarmStrategy(tf.distribute.Strategy):
     def mean_of_logs(self, logs: Any) -> Any:
         """Returns logs of Keras with the means over the workers of all float scalars.
 
-        All workers must call it at the same time.
+        Each worker counts by the rows that it had in the last step. All workers must
+        call it at the same time.
 
         Args:
             logs: What this worker's training or test steps have returned, a dict from
@@ -385,14 +392,19 @@ class SwarmStrategy(tf.distribute.Strategy):
         }
         if not scalars:
             return logs
-        mine = tf.stack([tf.cast(value, tf.float64) for value in scalars.values()])
+        rows = tf.cast(self._rows_of_logs, tf.float64)
+        mine = [tf.cast(value, tf.float64) for value in (*scalars.values(), 1)]
         with self.barrier("the logs of an epoch, or an evaluation"):
-            means = self.collectives.reduce(mine, mean=True)
+            *sums, total = tf.unstack(
+                self.collectives.reduce(
+                    tf.math.multiply_no_nan(tf.stack(mine), rows), mean=False
+                )
+            )
         return {
             **logs,
             **{
-                name: tf.cast(mean, value.dtype)
-                for (name, value), mean in zip(scalars.items(), tf.unstack(means))
+                name: tf.cast(summed / total, value.dtype)
+                for (name, value), summed in zip(scalars.items(), sums)
             },
         }
 

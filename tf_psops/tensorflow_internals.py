@@ -803,16 +803,17 @@ def _reducing_first(apply):
     def reduce_and_apply(self, grads, trainable_variables=None):
         if _extended_of_replica() is None:
             _check_no_swarms(self)
-        if _replicas_per_particle() == 1 or _gradients_reduced.get():
+        rows = rows_of_replicas.current()
+        alone = _replicas_per_particle() == 1
+        if (alone and not rows) or _gradients_reduced.get():
             return apply(self, grads, trainable_variables)
         grads = list(grads)
         there = [place for place, grad in enumerate(grads) if grad is not None]
-        if rows := rows_of_replicas.current():
-            for place in there:
-                grads[place] = _if_any(grads[place], rows)
-        means = tf.distribute.get_replica_context().all_reduce(
-            tf.distribute.ReduceOp.MEAN, [grads[place] for place in there]
-        )
+        means = _if_any([grads[place] for place in there], rows)
+        if not alone:
+            means = tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.MEAN, means
+            )
         for place, grad in zip(there, means):
             grads[place] = grad
         token = _gradients_reduced.set(True)
@@ -837,14 +838,19 @@ def _check_no_swarms(optimizer):
         )
 
 
-def _if_any(grad, rows):
-    """Returns a gradient, or 0 if there are no rows, of which a mean is NaN."""
-    if rows.num_rows:
-        return grad
-    if isinstance(grad, tf.IndexedSlices):
-        values = _if_any(grad.values, rows)
-        return tf.IndexedSlices(values, grad.indices, grad.dense_shape)
-    return tf.math.multiply_no_nan(grad, tf.cast(rows.weight() > 0, grad.dtype))
+def _if_any(grads, rows):
+    """Returns gradients, or 0 if there are no rows, of which a mean is NaN."""
+    if rows is None or rows.num_rows or not grads:
+        return grads
+
+    def zeros():
+        return tf.nest.map_structure(
+            lambda part: tf.zeros_like(part) if part.dtype.is_floating else part,
+            grads,
+            expand_composites=True,
+        )
+
+    return tf.cond(rows.weight() > 0, lambda: grads, zeros)
 
 
 # One may call another: the outermost is the first to see the gradients.
@@ -868,7 +874,7 @@ def _rows_to_train_on():
     """
     rows = rows_of_replicas.current()
     known = rows and (rows.knows_total() or record.could_possibly_record())
-    return rows if known else None
+    return rows if known and rows.replicas > 1 else None
 
 
 _OF_ALL_ROWS = "sum_of_all_rows_of_a_swarm"
@@ -949,11 +955,12 @@ def _with_gradients_of_all_rows(gradient):
     @functools.wraps(gradient)
     def compute(self, target, sources, output_gradients=None, **kwargs):
         rows = rows_of_replicas.current()
+        shared = rows and rows.replicas > 1 and output_gradients is None
         are_weights = all(
             isinstance(source, (tf.Variable, keras.Variable))
             for source in tf.nest.flatten(sources)
         )
-        if not (rows and are_weights and output_gradients is None):
+        if not (shared and are_weights):
             return gradient(self, target, sources, output_gradients, **kwargs)
         targets = tf.nest.flatten(target)
         weights = [tf.cast(rows.weight(), loss.dtype) for loss in targets]
@@ -982,15 +989,27 @@ def _by_rows(update_state):
     @functools.wraps(update_state)
     def update(self, values, sample_weight=None):
         rows = rows_of_replicas.current()
-        if rows and sample_weight is None:
-            values = keras.ops.convert_to_tensor(values)
-            if not values.shape.rank:
-                sample_weight = rows.weight_of_metric()
-                there = sample_weight > 0
-                values = tf.where(there, values, tf.zeros_like(values))
+        if rows and not tf.convert_to_tensor(values).shape.rank:
+            weight = rows.weight_of_metric()
+            values = tf.where(weight > 0, values, tf.zeros_like(values))
+            if sample_weight is None:
+                sample_weight = weight
         return update_state(self, values, sample_weight=sample_weight)
 
     return update
+
+
+def of_all_rows(results, rows):
+    """Lets the scalars that a step returns, whose mean Keras reports, count by rows."""
+    if not isinstance(results, dict):
+        return results
+    results = dict(results)
+    for name, value in results.items():
+        is_scalar = isinstance(value, tf.Tensor) and value.shape.rank == 0
+        if is_scalar and value.dtype.is_floating and not sums_of_rows.is_state(value):
+            weight = tf.cast(rows.weight_of_report(), value.dtype)
+            results[name] = tf.math.multiply_no_nan(value, weight)
+    return results
 
 
 loss_lib.reduce_values = _of_all_rows(loss_lib.reduce_values)

@@ -1,7 +1,8 @@
-"""How many rows of a batch each replica has, where several train as one particle.
+"""How many rows of a batch each replica has.
 
-Their gradients are averaged. What one has of a mean counts by its rows, so that a batch
-that does not go up trains as in one piece, and a replica without rows has no say.
+The gradients of replicas that train as one particle are averaged. What one has of a
+mean counts by its rows, so that a batch that does not go up trains as in one piece, and
+a replica without rows has no say. Nor has a particle of one replica without rows.
 """
 
 import contextlib
@@ -21,34 +22,45 @@ def current():
     return rows if rows and replica and replica.strategy is rows.strategy else None
 
 
-def knowing_rows(strategy, function, arguments):
-    """Returns a function that a replica runs with `current` set.
+def knowing_rows(strategy, function, arguments, report):
+    """Lets a function that a replica runs know of the rows of its batch.
 
     Args:
-        strategy: A `SwarmStrategy` of whose particles each has several replicas.
+        strategy: A `SwarmStrategy`.
         function: The function that `strategy.run` is to run on every replica.
         arguments: A nest of its arguments, the first tensor of which is a batch.
+        report: A function of what it returns and the `RowsOfReplicas`.
+
+    Returns:
+        A function that runs with `current` set, where that matters, and the rows of all
+        local replicas, `None` if there is no batch.
     """
-    local = None
+    extended = strategy.extended
     for value in tf.nest.flatten(arguments):
         copies = strategy.experimental_local_results(value)
         if all(map(_has_rows, copies)):
-            # One that is not split is each replica's.
-            times = 1 if len(copies) > 1 else len(strategy.extended.worker_devices)
-            local = times * tf.add_n([_count(copy) for copy in copies])
             break
-    if local is None:
-        return function
+    else:
+        return function, None
+    # One that is not split is each replica's.
+    times = 1 if len(copies) > 1 else len(extended.worker_devices)
+    local = times * tf.add_n([_count(copy) for copy in copies])
+    may_lack = strategy.num_replicas_in_sync > 1 and any(
+        not copy.shape[0] for copy in copies
+    )
+    if extended.replicas_per_particle == 1 and not may_lack:
+        return function, local
 
     def known(*args, **kwargs):
         own = next(filter(_has_rows, tf.nest.flatten((args, kwargs))))
-        token = _current.set(RowsOfReplicas(strategy, own, local))
+        rows = RowsOfReplicas(strategy, own, local)
+        token = _current.set(rows)
         try:
-            return function(*args, **kwargs)
+            return report(function(*args, **kwargs), rows)
         finally:
             _current.reset(token)
 
-    return known
+    return known, local
 
 
 class RowsOfReplicas:
@@ -65,9 +77,11 @@ class RowsOfReplicas:
         self.replicas = strategy.extended.replicas_per_particle
         self.num_rows = batch.shape[0]
         self._own = _count(batch)
+        self._local = local
         self._graph = None if tf.executing_eagerly() else batch.graph
-        is_local = self.replicas <= len(strategy.extended.worker_devices)
-        self._total = local if is_local else None
+        self._total = self._own if self.replicas == 1 else None
+        if 1 < self.replicas <= len(strategy.extended.worker_devices):
+            self._total = local
 
     def total(self):
         """Returns the rows of all replicas of the particle; all of them must ask."""
@@ -92,6 +106,11 @@ class RowsOfReplicas:
         if self._total is None:
             return tf.cast(self._own > 0, "float32")
         return self.weight()
+
+    def weight_of_report(self):
+        """Returns what a mean counts among this worker's replicas, 1 on average."""
+        devices = len(self.strategy.extended.worker_devices)
+        return tf.math.divide_no_nan(self._own * devices, self._local)
 
     def weight_of_sum(self):
         """Returns what a sum over this replica's rows is to be multiplied by."""

@@ -71,6 +71,11 @@ def find(loss, num_rows, is_known):
     return found
 
 
+def is_state(tensor):
+    """Tells whether a tensor of a graph comes from variables alone, as of a metric."""
+    return tf.is_symbolic_tensor(tensor) and not _meets_batch(tensor)
+
+
 def _cast(factor, dtype):
     return tf.cast(factor, dtype) if tf.is_tensor(factor) else factor
 
