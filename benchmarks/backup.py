@@ -9,7 +9,6 @@ and with `backup_dir`. The time is that of all steps after the first few, with a
 synchronisations, and with the end of training, which waits for the last backup.
 """
 
-import statistics
 import tempfile
 import time
 
@@ -18,7 +17,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import tf_psops
-from benchmarks import common_flags
+from benchmarks import common_flags, turns
 from trainers import models
 
 _MODEL = flags.DEFINE_enum("model", "lenet", models.IMAGE_MODELS, "Network.")
@@ -79,13 +78,7 @@ def measure(model="lenet", steps=500, repeats=9):
 
     with tempfile.TemporaryDirectory() as folder:
         sides = {"without": make_side(None), "with": make_side(folder)}
-        seconds = {name: [] for name in sides}
-        for repeat in range(repeats + 1):
-            for name, run in sides.items():
-                taken = run()
-                if repeat:
-                    seconds[name].append(taken)
-    return seconds
+        return turns.take(sides, repeats)
 
 
 def main(argv):
@@ -93,11 +86,8 @@ def main(argv):
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
     seconds = measure(_MODEL.value, _STEPS.value, common_flags.REPEATS.value)
-    ratios = [a / b for a, b in zip(seconds["with"], seconds["without"])]
-    print(
-        f"with / without backups: median {statistics.median(ratios):.3f} (from "
-        f"{min(ratios):.3f} to {max(ratios):.3f}), goal {_GOAL}"
-    )
+    ratio = turns.ratio(seconds["with"], seconds["without"])
+    print(f"with / without backups: {ratio}, goal {_GOAL}")
 
 
 if __name__ == "__main__":

@@ -10,8 +10,8 @@ particles, and TensorFlow's `MirroredStrategy` on two devices. With so few rows 
 measured is what each call sets up.
 """
 
-import statistics
-import time
+import functools
+import timeit
 
 import keras
 import numpy as np
@@ -20,7 +20,7 @@ from absl import app, flags
 from keras import layers
 
 import tf_psops
-from benchmarks import common_flags
+from benchmarks import common_flags, turns
 
 _BATCHES = flags.DEFINE_integer("batches", 4, "Batches of a call.", lower_bound=1)
 
@@ -61,17 +61,12 @@ def measure(batches=4, repeats=9):
         "four": four,
         "mirrored": tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]),
     }
-    sides = {name: _make_calls(s, batches) for name, s in strategies.items()}
-    seconds = {}
-    for repeat in range(repeats + 2):
-        for side, calls in sides.items():
-            for name, call in calls.items():
-                start = time.perf_counter()
-                call()
-                taken = time.perf_counter() - start
-                if repeat >= 2:
-                    seconds.setdefault((name, side), []).append(taken)
-    return seconds
+    sides = {
+        (name, side): functools.partial(timeit.timeit, call, number=1)
+        for side, strategy in strategies.items()
+        for name, call in _make_calls(strategy, batches).items()
+    }
+    return turns.take(sides, repeats, warm_up=2)
 
 
 def main(argv):
@@ -80,13 +75,9 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
     seconds = measure(_BATCHES.value, common_flags.REPEATS.value)
     for (call, side), values in sorted(seconds.items()):
-        ratios = [a / b for a, b in zip(values, seconds[call, "plain"])]
+        ratio = turns.ratio(values, seconds[call, "plain"])
         goal = f", goal {_GOAL}" if side == "two" else ""
-        print(
-            f"{call:9}{side:9}{1e3 * statistics.median(values):8.1f} ms, "
-            f"{statistics.median(ratios):.2f} times plain "
-            f"(from {min(ratios):.2f} to {max(ratios):.2f}){goal}"
-        )
+        print(f"{call:9}{side:9}{turns.milliseconds(values)}, / plain: {ratio}{goal}")
 
 
 if __name__ == "__main__":

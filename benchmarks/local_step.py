@@ -19,7 +19,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import tf_psops
-from benchmarks import common_flags
+from benchmarks import common_flags, turns
 from trainers import models
 
 _MODEL = flags.DEFINE_enum("model", "lenet", models.IMAGE_MODELS, "Network.")
@@ -90,13 +90,7 @@ def measure(model="lenet", steps=100, repeats=9):
         "one": _make_side(tf_psops.SwarmStrategy(["CPU:0"]), 1, model, steps),
         "four": _make_side(swarm, 4, model, steps),
     }
-    seconds = {name: [] for name in sides}
-    for repeat in range(repeats + 1):
-        for name, run in sides.items():
-            taken = run()
-            if repeat:
-                seconds[name].append(taken)
-    return seconds
+    return turns.take(sides, repeats)
 
 
 def main(argv):
@@ -105,18 +99,11 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
     seconds = measure(_MODEL.value, _STEPS.value, common_flags.REPEATS.value)
     for name, values in seconds.items():
-        print(
-            f"{name:6} {1e3 * statistics.median(values):8.3f} ms a step "
-            f"(from {1e3 * min(values):.3f} to {1e3 * max(values):.3f})"
-        )
+        print(f"{name:6} {turns.milliseconds(values)} a step")
     for name, plain_steps, goal in (("one", 1, 1.05), ("four", 4, 1.3)):
-        ratios = [
-            a / (plain_steps * b) for a, b in zip(seconds[name], seconds["plain"])
-        ]
-        print(
-            f"{name} / {plain_steps} plain: median {statistics.median(ratios):.3f} "
-            f"(from {min(ratios):.3f} to {max(ratios):.3f}), goal {goal}"
-        )
+        plain = [plain_steps * value for value in seconds["plain"]]
+        ratio = turns.ratio(seconds[name], plain)
+        print(f"{name} / {plain_steps} plain: {ratio}, goal {goal}")
 
 
 if __name__ == "__main__":

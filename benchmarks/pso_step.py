@@ -12,7 +12,7 @@ their random numbers. They take turns in one process:
   * flat: the formula as one XLA program, with one random factor for all elements.
 """
 
-import statistics
+import itertools
 import time
 
 import numpy as np
@@ -20,7 +20,7 @@ import tensorflow as tf
 from absl import app, flags
 
 import tf_psops
-from benchmarks import common_flags
+from benchmarks import common_flags, turns
 from tf_psops import _xla
 
 _MILLIONS = flags.DEFINE_integer(
@@ -92,18 +92,21 @@ def measure(params=25_000_000, repeats=9):
     state = tf_psops.ParticleSwarm().init(position)
     state = state._replace(velocity=velocity, best_position=own)
     sides = {
-        "rule": _make_rule_side(state, position, best),
-        "flat": _make_flat_side(state, position, best),
+        "rule": _timed(_make_rule_side(state, position, best)),
+        "flat": _timed(_make_flat_side(state, position, best)),
     }
-    seconds = {name: [] for name in sides}
-    for number in range(_WARM_UP_RUNS + repeats):
-        for name, step in sides.items():
-            start = time.perf_counter()
-            moved = step(tf.constant(number))
-            moved[:1].numpy()
-            seconds[name].append(time.perf_counter() - start)
-            del moved
-    return {name: values[_WARM_UP_RUNS:] for name, values in seconds.items()}
+    return turns.take(sides, repeats, _WARM_UP_RUNS)
+
+
+def _timed(step):
+    numbers = itertools.count()
+
+    def run():
+        start = time.perf_counter()
+        step(tf.constant(next(numbers)))[:1].numpy()
+        return time.perf_counter() - start
+
+    return run
 
 
 def main(argv):
@@ -112,15 +115,9 @@ def main(argv):
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}. Expected flags only.")
     seconds = measure(_MILLIONS.value * 10**6, common_flags.REPEATS.value)
     for name, values in seconds.items():
-        print(
-            f"{name:6} {1e3 * statistics.median(values):8.2f} ms "
-            f"(from {1e3 * min(values):.2f} to {1e3 * max(values):.2f})"
-        )
-    ratios = [a / b for a, b in zip(seconds["rule"], seconds["flat"])]
-    print(
-        f"rule / flat: median {statistics.median(ratios):.3f} "
-        f"(from {min(ratios):.3f} to {max(ratios):.3f}), goal {_GOAL}"
-    )
+        print(f"{name:6} {turns.milliseconds(values)}")
+    ratio = turns.ratio(seconds["rule"], seconds["flat"])
+    print(f"rule / flat: {ratio}, goal {_GOAL}")
 
 
 if __name__ == "__main__":
