@@ -74,6 +74,14 @@ def _weighted():
     )
 
 
+def _of_all_replicas(loss):
+    """Returns the sum over all replicas as the warning advises it."""
+    if isinstance(tf.distribute.get_strategy(), tf_psops.SwarmStrategy):
+        replica = tf.distribute.get_replica_context()
+        return replica.all_reduce(tf.distribute.ReduceOp.SUM, loss)
+    return loss
+
+
 _CASES = {
     "compiled": {"rows": 11},
     "compiled_without_rows": {"rows": 9},
@@ -95,6 +103,12 @@ _CASES = {
         "model": _sequential(lambda: layers.Dense(4, activity_regularizer="l2")),
     },
     "steps_per_execution": {"rows": 16, "compile": {"steps_per_execution": 2}},
+    "eager_regularised": {
+        "rows": 12,
+        "reports": False,
+        "compile": {"run_eagerly": True},
+        "model": _sequential(lambda: layers.Dense(4, kernel_regularizer="l2")),
+    },
     "eager": {"rows": 9, "compile": {"run_eagerly": True}},
     "convolution": {
         "rows": 9,
@@ -130,6 +144,15 @@ _CASES = {
     "own_mean_by_shape": {
         "rows": 12,
         "model": _of(lambda loss: ops.sum(loss) / tf.cast(tf.size(loss), loss.dtype)),
+    },
+    "own_sum_in_a_function": {
+        "rows": 9,
+        "model": _of(tf.function(lambda loss: 0.5 * ops.sum(loss))),
+        "reports": False,
+    },
+    "own_root_of_all_rows": {
+        "rows": 12,
+        "model": _of(lambda loss: ops.sqrt(_of_all_replicas(ops.sum(loss)))),
     },
     "own_losses_of_rows": {"rows": 9, "model": _of(lambda x: x), "reports": False},
     "added_sum": {"rows": 11, "model": _sequential(Adds), "reports": False},
@@ -180,12 +203,46 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
     def test_island_as_plain_keras_on_all_rows(self, case):
         ((expected,), history) = _fit(None, case)
         strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
-        self._assert_as(_fit(strategy, case), expected, history)
+        with self.assertNoLogs("absl", "WARNING"):
+            found = _fit(strategy, case)
+        self._assert_as(found, expected, history)
+
+    @parameterized.named_parameters(
+        ("root", ops.sqrt, "Sqrt"), ("function", tf.function(ops.log), "Log")
+    )
+    def test_warns_once_of_what_sees_its_own_rows(self, function, op):
+        strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
+        case = {"rows": 12, "model": _of(lambda loss: function(ops.sum(loss)))}
+        with self.assertLogs("absl", "WARNING") as logs:
+            _fit(strategy, case)
+        (text,) = logs.output
+        self.assertIn(f"({op}), of which each device", text)
+
+    @parameterized.named_parameters(("own", _of(ops.sum)), ("added", _sequential(Adds)))
+    def test_warns_once_of_own_losses_that_run_eagerly(self, model):
+        strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
+        case = {"rows": 12, "model": model, "compile": {"run_eagerly": True}}
+        with self.assertLogs("absl", "WARNING") as logs:
+            _fit(strategy, case)
+        (text,) = logs.output
+        self.assertRegex(text, "take a loss of your own for a mean.*`run_eagerly`")
+
+    def test_refuses_a_sum_that_a_function_hides(self):
+        @tf.function
+        def my_loss(loss):
+            return ops.sum(loss) + ops.mean(loss)
+
+        strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
+        with self.assertRaisesRegex(
+            ValueError, "Received: a loss of 'my_loss'.*`tf.function`"
+        ):
+            _fit(strategy, {"rows": 12, "model": _of(my_loss)})
 
     def test_two_workers_of_two_devices_share_gradients(self):
         names = (
             "compiled_without_rows", "sum_compiled", "weights", "mask", "normalised",
             "steps_per_execution", "own_mean", "own_sum", "added_sum",
+            "own_root_of_all_rows",
         )  # fmt: skip
         expected = [_fit(None, _CASES[name]) for name in names]
         for worker in clusters.run(_fit_all, 2, names, timeout=240):

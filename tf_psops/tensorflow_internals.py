@@ -33,12 +33,12 @@ and 2.21.0 with Keras 3.15; `python -m tests.compatibility` runs the suite on bo
     its callbacks nothing of an exception.
 
   * Losses and gradients of replicas that share them. The `apply` of Keras' optimizers,
-    `tf.GradientTape.gradient` and the `update_state` of `keras.metrics.Mean` are
-    public, but replaced, and so are `reduce_values` and `apply_mask` of
-    `keras.src.losses.loss` and `CompileLoss.call`: Keras sums gradients after it has
-    clipped, checked and accumulated them, and takes all replicas to have as many rows.
-    `could_possibly_record` tells a loss that is trained on from one that is only
-    reported.
+    `tf.GradientTape.gradient`, the `add_loss` of Keras' layers and the `update_state`
+    of `keras.metrics.Mean` are public, but replaced, and so are `reduce_values` and
+    `apply_mask` of `keras.src.losses.loss` and `CompileLoss.call`: Keras sums gradients
+    after it has clipped, checked and accumulated them, and takes all replicas to have
+    as many rows. `could_possibly_record` tells a loss that is trained on from one that
+    is only reported. `_get_function` and `graph` give what a function of a graph computes.
 
   * Lets a replica that a batch leaves without rows train. All convolutions and
     max-pooling of Keras, by layers and by `keras.ops`, come to functions of
@@ -889,6 +889,8 @@ def _of_all_rows(reduce_values):
     @functools.wraps(reduce_values)
     def reduce(values, sample_weight=None, reduction="sum_over_batch_size"):
         loss = reduce_values(values, sample_weight, reduction)
+        if rows := rows_of_replicas.current():
+            rows.has_keras_loss = True
         if tuple(values.shape) == (0,) and reduction not in (None, "none"):
             loss = keras.ops.sum(values)  # Keras would return no scalar.
         replicas = _replicas_per_particle()
@@ -902,7 +904,8 @@ def _of_all_rows(reduce_values):
         if weighted and rows:
             own = keras.ops.sum(keras.ops.cast(sample_weight, "float32"))
             share = tf.math.divide_no_nan(own, rows.sum(own))
-            return loss * tf.cast(share * rows.weight_of_sum(), loss.dtype)
+            factor = tf.cast(share * rows.weight_of_sum(), loss.dtype)
+            return tf.multiply(loss, factor, name=_OF_ALL_ROWS)
         return loss
 
     return reduce
@@ -964,13 +967,14 @@ def _with_gradients_of_all_rows(gradient):
             return gradient(self, target, sources, output_gradients, **kwargs)
         targets = tf.nest.flatten(target)
         weights = [tf.cast(rows.weight(), loss.dtype) for loss in targets]
-        for loss in tuple(targets):
-            if not tf.is_symbolic_tensor(loss):
-                continue
-            for value, factor in sums_of_rows.find(loss, rows.num_rows, _is_whole):
-                more = tf.cast(rows.replicas - rows.weight(), value.dtype)
-                targets.append(value)
-                weights.append(more * factor)
+        if tf.executing_eagerly() and (rows.adds_loss or not rows.has_keras_loss):
+            _warn_once(_EAGER, sources)
+        for part in _parts(target, rows):
+            _check_part(part, sources)
+            if part.kind is sums_of_rows.Kind.SUM:
+                more = tf.cast(rows.replicas - rows.weight(), part.tensor.dtype)
+                targets.append(part.tensor)
+                weights.append(more * part.factor())
         output_gradients = [
             weight * tf.ones_like(loss) for weight, loss in zip(weights, targets)
         ]
@@ -979,8 +983,97 @@ def _with_gradients_of_all_rows(gradient):
     return compute
 
 
+def _parts(losses, rows):
+    """Returns what `sums_of_rows` finds in those losses that have a graph."""
+    return [
+        part
+        for loss in tf.nest.flatten(losses)
+        if tf.is_symbolic_tensor(loss)
+        for part in sums_of_rows.find(loss, rows.num_rows, _is_whole, inside)
+    ]
+
+
 def _is_whole(tensor):
     return _OF_ALL_ROWS in tensor.op.name
+
+
+# Attributes that name the functions of an op.
+_FUNCTIONS = {
+    "PartitionedCall": ("f",),
+    "StatefulPartitionedCall": ("f",),
+    "If": ("then_branch", "else_branch"),
+    "StatelessIf": ("then_branch", "else_branch"),
+}
+
+
+def _functions_of(op):
+    names = [op.get_attr(attr).name for attr in _FUNCTIONS.get(op.type, ())]
+    return [op.graph._get_function(name).graph for name in names]
+
+
+def inside(tensor):
+    """Returns what `sums_of_rows.find` asks of a function that returns a tensor."""
+    outside = tensor.op.inputs
+    return [
+        (
+            graph.outputs[tensor.value_index],
+            {a.ref(): b for a, b in zip(graph.inputs[::-1], outside[::-1])},
+        )
+        for graph in _functions_of(tensor.op)
+    ]
+
+
+def _check_part(part, weights):
+    """Raises an error, or warns once, if a part of a loss cannot be of all rows."""
+    op = part.tensor.op
+    if part.kind is sums_of_rows.Kind.MIXED:
+        functions = " or ".join(repr(graph.name) for graph in _functions_of(op))
+        raise ValueError(
+            "Devices that share gradients cannot find the sum over the rows of a batch "
+            "that a function of the graph adds to something else. Received: a loss of "
+            f"{functions}. Leave out the `tf.function` around it (Keras compiles the "
+            "whole step) or the `tf.cond`, or take the sum by a compiled loss with "
+            '`reduction="sum"`.'
+        )
+    if part.kind is sums_of_rows.Kind.OTHER:
+        _warn_once(_OWN_ROWS % (op.name, op.type), weights)
+
+
+_OWN_ROWS = (
+    "The loss has %r (%s), of which each device that shares gradients sees its own "
+    "rows alone: the gradient is the mean of what they make of their rows, and not "
+    "that of all rows. A mean or a sum over the rows is right, and so is what is made "
+    "of `tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, "
+    "sum_over_rows)`."
+)
+_EAGER = (
+    "A step that runs eagerly has no graph, in which devices that share gradients "
+    "could tell a sum over the rows from a mean: they take a loss of your own for a "
+    "mean. If it is none, compile without `run_eagerly`, or take the sum by a compiled "
+    'loss with `reduction="sum"`.'
+)
+# The first weights of those that a loss trains which has had a warning, by their `id`.
+_warned: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
+
+
+def _warn_once(text, weights):
+    first = tf.nest.flatten(weights)[0]
+    if id(first) not in _warned:
+        _warned[id(first)] = first
+        logging.warning(text)
+
+
+def _noting_losses(add_loss):
+    """Notes that the loss of a step is not only that of a Keras loss."""
+
+    @functools.wraps(add_loss)
+    def add(self, loss):
+        rows = rows_of_replicas.current()
+        if rows and self.activity_regularizer is None:  # Keras makes its a mean.
+            rows.adds_loss = True
+        return add_loss(self, loss)
+
+    return add
 
 
 def _by_rows(update_state):
@@ -1014,6 +1107,7 @@ def of_all_rows(results, rows):
 
 loss_lib.reduce_values = _of_all_rows(loss_lib.reduce_values)
 loss_lib.apply_mask = _with_masks_of_all_rows(loss_lib.apply_mask)
+keras.layers.Layer.add_loss = _noting_losses(keras.layers.Layer.add_loss)
 _CompileLoss = compile_utils.CompileLoss
 _CompileLoss.call = _with_gradients_of_sums(_CompileLoss.call)
 tf.GradientTape.gradient = _with_gradients_of_all_rows(tf.GradientTape.gradient)

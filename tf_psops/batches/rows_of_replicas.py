@@ -70,12 +70,15 @@ class RowsOfReplicas:
         strategy: The `SwarmStrategy`.
         replicas: How many replicas the particle has, of all workers.
         num_rows: Rows of this replica, an int where the graph knows them, or `None`.
+        has_keras_loss: Whether the step has come to a loss of Keras.
+        adds_loss: Whether a layer has added a loss of the user's own.
     """
 
     def __init__(self, strategy, batch, local):
         self.strategy = strategy
         self.replicas = strategy.extended.replicas_per_particle
         self.num_rows = batch.shape[0]
+        self.has_keras_loss = self.adds_loss = False
         self._own = _count(batch)
         self._local = local
         self._graph = None if tf.executing_eagerly() else batch.graph

@@ -1,74 +1,205 @@
-"""Finds the sums over the rows of a batch that a loss is made of, in its graph.
+"""Finds what a loss makes of the rows of a batch, in its graph.
 
 Replicas that train as one average their gradients. That suits a mean over the rows; of
-a sum over the rows it would leave a part.
+a sum over the rows it would leave a part, and of anything else what has no name.
 """
 
+import enum
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import tensorflow as tf
 
-_LINEAR = frozenset({"Identity", "Cast", "Reshape", "Squeeze", "ExpandDims"})
+_LINEAR = frozenset(
+    {"Identity", "IdentityN", "Cast", "Reshape", "Squeeze", "ExpandDims"}
+    | {"EnsureShape", "CheckNumerics", "PreventGradient"}
+)
 _ADDS = frozenset({"Add", "AddV2", "AddN", "Pack"})
+_TAKES = frozenset(
+    {"StridedSlice", "Slice", "GatherV2", "ConcatV2", "Transpose", "BroadcastTo"}
+    | {"Tile", "Unpack", "Split", "SplitV"}
+)
 _REDUCES = frozenset({"Sum", "Mean", "Max", "Min", "Prod"})
 _BATCHES = frozenset({"Placeholder", "IteratorGetNext", "OptionalGetValue"})
 _NO_ROWS = frozenset({"Const", "ReadVariableOp", "VarHandleOp"})
+_SIZES = frozenset({"Shape", "ShapeN", "Size", "Rank"})
+_OF_ALL_REPLICAS = frozenset({"CollectiveReduceV2", "PyFunc", "EagerPyFunc"})
 
 
-def find(loss, num_rows, is_known):
-    """Returns the sums over rows of which a loss is a linear combination.
+class Kind(enum.Enum):
+    """What a part of a loss is."""
 
-    A sum that is divided by something that depends on the batch, its size for one, is a
-    mean, and not among them.
+    MEAN = enum.auto()  # Over the rows, or the same on all replicas.
+    SUM = enum.auto()  # Over the rows.
+    MIXED = enum.auto()  # Both, of which a function returns no more than the sum.
+    OTHER = enum.auto()  # What each replica makes of its own rows.
+
+
+def _one():
+    return 1.0
+
+
+class Part(NamedTuple):
+    """A tensor, and what gives the factor that a loss has it with.
+
+    The factor is a scalar tensor or a number. Only when it is asked for does it add to
+    the graph.
+    """
+
+    kind: Kind
+    tensor: tf.Tensor
+    factor: Callable[[], Any] = _one
+
+
+def find(loss, num_rows, is_known, inside):
+    """Returns the parts of which a loss is a linear combination.
 
     Args:
         loss: A symbolic float tensor.
         num_rows: Rows of the batch, an int where the graph knows them, or `None`.
         is_known: A function of a tensor that tells that it is right as it is.
+        inside: A function of a tensor that a function of the graph returns. It returns
+            pairs of the tensor in there, one for each branch, and a dict from the
+            references of the function's inputs to the tensors that come in.
 
     Returns:
-        A list of pairs of a tensor and the factor, a scalar tensor or a number, that it
-        has in the loss.
+        A list of `Part`s.
     """
-    found, waiting = [], [(loss, 1.0)]
     if loss.shape.rank and _has_rows(loss, num_rows):
-        return waiting  # Of which a tape takes the sum.
-    while waiting:
-        tensor, factor = waiting.pop()
-        op = tensor.op
-        if is_known(tensor) or not tensor.dtype.is_floating:
-            continue
-        if op.type == "L2Loss" and _has_rows(op.inputs[0], num_rows):
-            found.append((tensor, factor))
+        parts = [Part(Kind.SUM, loss)]  # Of which a tape takes the sum.
+    else:
+        parts = list(_Search(num_rows, is_known, inside).parts(loss))
+    return parts + [
+        Part(Kind.OTHER, tensor)
+        for tensor in _all_before(loss)
+        if tensor.op.type == "MatMul" and _meet(*tensor.op.inputs, num_rows)
+    ]
+
+
+class _Search:
+    def __init__(self, num_rows, is_known, inside, outside=None):
+        self._num_rows = num_rows
+        self._is_known = is_known
+        self._inside = inside
+        self._outside = outside or {}  # Of a function's inputs.
+
+    def parts(self, tensor, factor=_one):
+        """Yields the `Part`s of a tensor that a loss has with a factor."""
+        op, rows = tensor.op, self._num_rows
+        if tensor.ref() in self._outside:
+            yield Part(Kind.MEAN, tensor)
+        elif not tensor.dtype.is_floating or op.type == "StopGradient":
+            return
+        elif self._is_known(tensor):
+            yield Part(Kind.MEAN, tensor)
+        elif not _meets_batch(tensor):
+            if any(value.op.type == "ReadVariableOp" for value in _all_before(tensor)):
+                yield Part(Kind.MEAN, tensor)
         elif op.type in ("Sum", "Mean"):
-            values, axes = op.inputs[0], _axes(op)
-            over_rows = 0 in axes and _has_rows(values, num_rows)
-            if over_rows and op.type == "Sum":
-                found.append((tensor, factor))
-            elif not over_rows and op.type == "Sum":
-                waiting.append((values, factor))
-            elif not over_rows and all(values.shape[axis] for axis in axes):
-                count = math.prod(values.shape[axis] for axis in axes)
-                waiting.append((values, factor / count))
+            yield from self._reduced(tensor, factor)
+        elif op.type == "L2Loss" and _has_rows(op.inputs[0], rows):
+            yield Part(Kind.SUM, tensor, factor)
+        elif tensor.shape.rank and _has_rows(tensor, rows):
+            yield Part(Kind.OTHER, tensor)
         elif op.type in _LINEAR:
-            waiting.append((op.inputs[0], _cast(factor, op.inputs[0].dtype)))
+            value = op.inputs[tensor.value_index]
+            yield from self.parts(value, lambda: _cast(factor(), value.dtype))
         elif op.type in _ADDS:
-            waiting.extend((value, factor) for value in op.inputs)
+            for value in op.inputs:
+                yield from self.parts(value, factor)
         elif op.type == "Neg":
-            waiting.append((op.inputs[0], -factor))
+            yield from self.parts(op.inputs[0], lambda: -factor())
         elif op.type == "Sub":
-            waiting.append((op.inputs[0], factor))
-            waiting.append((op.inputs[1], -factor))
+            yield from self.parts(op.inputs[0], factor)
+            yield from self.parts(op.inputs[1], lambda: -factor())
         elif op.type in ("RealDiv", "DivNoNan"):
-            value, divisor = op.inputs
-            if _is_no_count(divisor, value, num_rows):
-                waiting.append((value, factor / divisor))
+            yield from self._divided(tensor, factor)
         elif op.type == "Mul":
-            for value, other in (op.inputs, reversed(op.inputs)):
-                if _is_no_count(other, value, num_rows):
-                    waiting.append((value, factor * other))
-                    break
-    return found
+            yield from self._multiplied(tensor, factor)
+        elif op.type in _TAKES:
+            yield from self._taken(tensor, op.inputs)
+        elif branches := self._inside(tensor):
+            yield from self._returned(tensor, factor, branches)
+        else:
+            yield from self._of_own_rows(tensor)
+
+    def _of_own_rows(self, tensor):
+        yield Part(Kind.OTHER if _meets_values(tensor) else Kind.MEAN, tensor)
+
+    def _reduced(self, tensor, factor):
+        op = tensor.op
+        values, axes, is_sum = op.inputs[0], _axes(op), op.type == "Sum"
+        if any(_has_rows(values, self._num_rows, axis) for axis in axes):
+            yield Part(Kind.SUM if is_sum else Kind.MEAN, tensor, factor)
+        elif is_sum:
+            yield from self.parts(values, factor)
+        elif all(values.shape[axis] for axis in axes):
+            count = math.prod(values.shape[axis] for axis in axes)
+            yield from self.parts(values, lambda: factor() / count)
+        else:
+            yield from self._taken(tensor, [values])
+
+    def _divided(self, tensor, factor):
+        value, divisor = tensor.op.inputs
+        if _is_no_count(divisor, value, self._num_rows):
+            yield from self.parts(value, lambda: factor() / divisor)
+        elif self._counts(divisor):
+            yield from self._mean(value)
+        else:
+            yield from self._of_own_rows(tensor)
+
+    def _multiplied(self, tensor, factor):
+        a, b = tensor.op.inputs
+        for value, other in (a, b), (b, a):
+            if _is_no_count(other, value, self._num_rows):
+                yield from self.parts(value, lambda by=other: factor() * by)
+                return
+        for value, other in (a, b), (b, a):
+            if not _meets_values(other):
+                one = other.shape.rank == 0  # It may be one over the rows.
+                yield from self._mean(value) if one else self._taken(tensor, [value])
+                return
+        yield from self._of_own_rows(tensor)
+
+    def _counts(self, divisor):
+        """Tells whether a divisor adds up, or counts, what a numerator adds up."""
+        if divisor.op.type in ("Maximum", "Minimum"):
+            return all(map(self._counts, divisor.op.inputs))
+        return not any(part.kind is Kind.OTHER for part in self.parts(divisor))
+
+    def _mean(self, value):
+        """Yields the parts of a value that is divided by what counts its rows."""
+        for part in self.parts(value):
+            yield part._replace(kind=Kind.MEAN) if part.kind is Kind.SUM else part
+
+    def _taken(self, tensor, values):
+        """Yields the parts of what has some of the entries of values, or weights them.
+
+        No factor tells which.
+        """
+        for value in values:
+            for part in self.parts(value):
+                if part.kind is Kind.SUM:
+                    part = Part(Kind.OTHER, tensor)
+                yield part
+
+    def _returned(self, tensor, factor, branches):
+        found = []
+        for value, outside in branches:
+            search = _Search(self._num_rows, self._is_known, self._inside, outside)
+            for part in search.parts(value):
+                if part.tensor.ref() in outside:
+                    found += self.parts(outside[part.tensor.ref()])
+                else:
+                    found.append(part)
+        kinds = {part.kind for part in found}
+        if kinds == {Kind.SUM}:
+            yield Part(Kind.SUM, tensor, factor)
+        elif Kind.SUM in kinds:
+            yield Part(Kind.MIXED, tensor)
+        else:
+            yield from found
 
 
 def is_state(tensor):
@@ -88,9 +219,9 @@ def _axes(op):
     return tuple(int(axis) % rank for axis in axes.ravel()) if rank else ()
 
 
-def _has_rows(tensor, num_rows):
-    """Tells whether the first axis of a tensor counts rows of the batch."""
-    waiting, seen = [(tensor, 0)], set()
+def _has_rows(tensor, num_rows, axis=0):
+    """Tells whether an axis of a tensor counts rows of the batch."""
+    waiting, seen = [(tensor, axis)], set()
     while waiting:
         tensor, axis = waiting.pop()
         if (tensor.ref(), axis) in seen or not _may_count(tensor, axis, num_rows):
@@ -142,22 +273,38 @@ def _may_count(tensor, axis, num_rows):
     return size is None or bool(num_rows and size and size % num_rows == 0)
 
 
-def _meets_batch(tensor):
+def _meets_batch(tensor, ends=()):
     """Tells whether a tensor depends on a batch, be it on its shape."""
     return any(
         tensor.op.type in _BATCHES and tensor.dtype != tf.resource
-        for tensor in _all_before(tensor)
+        for tensor in _all_before(tensor, ends)
     )
 
 
-def _all_before(tensor):
-    """Returns a tensor and all that it is computed from."""
+def _meets_values(tensor):
+    """Tells whether a tensor depends on more of this replica's batch than its shape."""
+    return _meets_batch(tensor, _SIZES | _OF_ALL_REPLICAS)
+
+
+def _meet(a, b, num_rows):
+    """Tells whether rows of the batch are multiplied by rows of the batch."""
+    return all(
+        any(_has_rows(value, num_rows, axis) for axis in range(value.shape.rank))
+        for value in (b, a)
+    )
+
+
+def _all_before(tensor, ends=()):
+    """Returns a tensor and all that it is computed from, up to some types of op."""
     waiting, seen = [tensor], {}
     while waiting:
         tensor = waiting.pop()
         if tensor.ref() not in seen:
             seen[tensor.ref()] = tensor
-            waiting += tensor.op.inputs
+            if tensor.op.type == "IdentityN":  # A gradient of the user's own.
+                waiting.append(tensor.op.inputs[tensor.value_index])
+            elif tensor.op.type not in ends:
+                waiting += tensor.op.inputs
     return seen.values()
 
 
