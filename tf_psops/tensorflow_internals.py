@@ -60,6 +60,7 @@ import contextvars
 import functools
 import inspect
 import itertools
+import re
 import types
 import weakref
 
@@ -750,25 +751,35 @@ _Trainer._maybe_symbolic_build = _build_without_data(_Trainer._maybe_symbolic_bu
 
 @functools.cache
 def join_failures():
-    """Makes `fit` tell the other workers of an exception that ends it on this one.
+    """Makes `fit`, and what else meets the other workers, tell them what ends it here.
 
-    And begin again, to join them, where they have gone on without this worker. Keras
-    tells its callbacks nothing of an exception, and hands `fit` itself to none of them
-    before it runs: the method of the class has to be replaced.
+    And `fit` begin again, to join them, where they have gone on without this worker.
+    Keras tells its callbacks nothing of an exception, and hands `fit` itself to none of
+    them before it runs: the methods of the class have to be replaced.
     """
-    fit = keras.Model.fit
+    for name in "fit", "evaluate", "train_on_batch", "test_on_batch":
+        setattr(keras.Model, name, _telling_the_others(getattr(keras.Model, name)))
 
-    @functools.wraps(fit)
-    def fit_or_tell(self, *args, **kwargs):
+
+def _telling_the_others(method):
+    name = method.__name__
+
+    @functools.wraps(method)
+    def call_or_tell(self, *args, **kwargs):
         strategy = self.distribute_strategy
         group = strategy.peers if _extended_of(strategy) else None
-        if group is None:
-            return fit(self, *args, **kwargs)
-        strategy.num_fits += 1
+        # What is called in a `fit` may be caught there.
+        if group is None or (name != "fit" and _tells.get()):
+            return method(self, *args, **kwargs)
+        strategy.num_fits += name == "fit"
         while True:
+            token = _tells.set(True)
             try:
-                return fit(self, *args, **kwargs)
+                with group.barrier(f"a step of `{name}`", strategy.timeout):
+                    return method(self, *args, **kwargs)
             except membership.DroppedError as error:
+                if name != "fit":
+                    raise
                 if not group.come_back():
                     if end_in_backup := strategy.end_in_backup():
                         end_in_backup()
@@ -777,10 +788,18 @@ def join_failures():
             except BaseException as error:
                 if not getattr(error, "is_known_to_all", False):
                     text = " ".join(f"{type(error).__name__}: {error}".split())
-                    group.end(f"Worker {group.index} left `fit` with {text[:1000]}")
+                    text = _FRAME.sub("", text)[:1000]
+                    group.end(f"Worker {group.index} left `{name}` with {text}")
                 raise
+            finally:
+                _tells.reset(token)
 
-    keras.Model.fit = fit_or_tell
+    return call_or_tell
+
+
+# TensorFlow's errors begin with the way to an operation, not with what failed there.
+_FRAME = re.compile(r' File "[^"]+", line \d+, in \S+')
+_tells = contextvars.ContextVar("tells", default=False)
 
 
 def known_to_all(error):

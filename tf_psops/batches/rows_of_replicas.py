@@ -89,9 +89,12 @@ class RowsOfReplicas:
     def total(self):
         """Returns the rows of all replicas of the particle; all of them must ask."""
         if self._total is None:
-            # Where all that follows in this step can reach it.
-            graph = self._graph.as_default() if self._graph else None
-            with graph or contextlib.nullcontext():
+            # Where all that follows in this step can reach it. Not where replicas wait
+            # for each other in Python: TensorFlow has to see that one is inside of a
+            # function, whose lock another one would wait for.
+            waits = len(self.strategy.extended.worker_devices) > 1
+            inside = self._graph and not waits
+            with self._graph.as_default() if inside else contextlib.nullcontext():
                 self._total = self.sum(self._own)
         return self._total
 
