@@ -1,5 +1,7 @@
 """Tests of islands: all devices of a worker are one particle."""
 
+import contextlib
+
 import clusters
 import keras
 import numpy as np
@@ -86,6 +88,16 @@ class IslandsTest(tf.test.TestCase, parameterized.TestCase):
         for got in islands:
             self.assertAllClose(got, weights, atol=1e-5)
 
+    @parameterized.parameters({"particle": "worker"}, {"share_gradients": True})
+    def test_lora_and_ctrl_c(self, **kwargs):
+        plain = tf.distribute.get_strategy()
+        begun, expected = _cut_short(plain)
+        lora = _with_lora(plain)
+        for worker in clusters.run(_island_of_programs, 2, kwargs, timeout=150):
+            for found, weights in zip(worker, (lora, begun, expected), strict=True):
+                for weight, value in zip(found, weights, strict=True):
+                    self.assertAllClose(weight, value, atol=1e-5)
+
     def test_layers_with_state_and_random_numbers(self):
         for weights, history, _, alike in clusters.run(
             _island_of_layers, 2, timeout=150
@@ -125,6 +137,60 @@ def _island_sgd():
         *_data(2), batch_size=2 * _ROWS, shuffle=False, verbose=0, callbacks=[sync]
     )
     return model.get_weights()
+
+
+def _sgd():
+    return keras.optimizers.SGD(0.1)
+
+
+def _fit(model, steps=_STEPS, *callbacks):
+    """Trains on all workers' rows, with an average at each step of a swarm."""
+    if isinstance(model.distribute_strategy, tf_psops.SwarmStrategy):
+        callbacks = *callbacks, tf_psops.PSOSync(1, tf_psops.ParameterAverage())
+    batch_size = 2 * _ROWS
+    x, y = (array[: steps * batch_size] for array in _data(2))
+    model.fit(
+        *(x, y), batch_size=batch_size, shuffle=False, verbose=0, callbacks=callbacks
+    )
+
+
+def _with_lora(strategy):
+    model = _compiled(strategy, optimizer=_sgd)
+    with strategy.scope():
+        model.layers[0].enable_lora(2)
+        model.compile(_sgd(), model.loss)
+    _fit(model)
+    return model.get_weights()
+
+
+def _cut_short(strategy, again=None):
+    """Returns the weights shown after Ctrl-C, and those of a training from there."""
+    model = _compiled(strategy, optimizer=_sgd)
+
+    def interrupt(step, logs):
+        if step == 5:  # The sixth step is done, but not its synchronisation.
+            raise KeyboardInterrupt
+
+    if not again:
+        _fit(model, 5)
+    else:
+        stop = keras.callbacks.LambdaCallback(on_train_batch_end=interrupt)
+        with contextlib.suppress(KeyboardInterrupt):
+            _fit(model, _STEPS, stop)
+        strategy = again()
+    begun = model.get_weights()
+    model = _compiled(strategy, optimizer=_sgd)
+    model.set_weights(begun)
+    _fit(model)
+    return begun, model.get_weights()
+
+
+def _island_of_programs(kwargs):
+    def make():
+        return _strategy(2, **kwargs)
+
+    strategy = make()
+    return _with_lora(strategy), *_cut_short(strategy, make)
 
 
 def _synchronous_sgd():
