@@ -9,32 +9,27 @@ from tf_psops.batches import sums_of_rows
 from tf_psops.batches.sums_of_rows import Kind
 
 _SUMS = {
-    "sum": (lambda x: ops.sum(x), 1.0),
-    "scaled": (lambda x: 0.3 * ops.sum(x) / 2.5, 0.12),
-    "subtracted": (lambda x: ops.mean(x) - ops.sum(x), -1.0),
-    "of_squares": (lambda x: tf.nn.l2_loss(x), 1.0),
-    "by_features": (lambda x: ops.sum(ops.sum(x, axis=0)), 1.0),
-    "mean_of_features": (lambda x: ops.mean(ops.sum(x, axis=0)), 0.2),
-    "of_features": (lambda x: ops.sum(ops.sum(x, axis=1)), 1.0),
-    "in_a_list": (lambda x: ops.sum(ops.stack([ops.sum(x), ops.mean(x)])), 1.0),
-    "of_losses": (lambda x: ops.sum(x, axis=1), 1.0),
-    "of_more_rows": (lambda x: ops.sum(ops.concatenate([x, 2 * x])), 1.0),
-    "transposed": (lambda x: ops.sum(ops.transpose(ops.transpose(x))), 1.0),
-    "recurrent": (lambda x: ops.sum(_RECURRENT(x[:, :, None])), 1.0),
-    "random": (lambda x: ops.sum(x * tf.random.normal(tf.shape(x))), 1.0),
-    "transposed_once": (lambda x: ops.sum(ops.transpose(x)), 1.0),
-    "flat": (lambda x: ops.sum(ops.reshape(x, [-1])), 1.0),
-    "of_a_function": (lambda x: 2 * tf.function(_scaled)(x), 2.0),
-    "of_a_function_of_rows": (lambda x: ops.sum(tf.function(_last)(x)), 1.0),
-    "of_functions": (lambda x: tf.function(tf.function(ops.sum))(x), 1.0),
-    "of_branches": (
-        lambda x: tf.cond(_FLAG, lambda: ops.sum(x), lambda: ops.sum(2 * x)),
-        1.0,
-    ),
-    "through_a_branch": (
-        lambda x: _through_a_branch(ops.sum(x)),
-        1.0,
-    ),
+    "sum": lambda x: ops.sum(x),
+    "scaled": lambda x: 0.3 * ops.sum(x) / 2.5,
+    "subtracted": lambda x: ops.mean(x * 0) - ops.sum(x),
+    "of_squares": lambda x: tf.nn.l2_loss(x),
+    "by_features": lambda x: ops.sum(ops.sum(x, axis=0)),
+    "mean_of_features": lambda x: ops.mean(ops.sum(x, axis=0)),
+    "of_features": lambda x: ops.sum(ops.sum(x, axis=1)),
+    "in_a_list": lambda x: ops.sum(ops.stack([ops.sum(x), ops.mean(x * 0)])),
+    "of_losses": lambda x: ops.sum(x, axis=1),
+    "of_more_rows": lambda x: ops.sum(ops.concatenate([x, 2 * x])),
+    "transposed": lambda x: ops.sum(ops.transpose(ops.transpose(x))),
+    "recurrent": lambda x: ops.sum(_RECURRENT(x[:, :, None])),
+    "random": lambda x: ops.sum(x * tf.random.normal(tf.shape(x))),
+    "scaled_by_a_weight": lambda x: ops.exp(_WEIGHTS[0, 0]) * ops.sum(x),
+    "transposed_once": lambda x: ops.sum(ops.transpose(x)),
+    "flat": lambda x: ops.sum(ops.reshape(x, [-1])),
+    "of_a_function": lambda x: 2 * tf.function(_scaled)(x),
+    "of_a_function_of_rows": lambda x: ops.sum(tf.function(_last)(x)),
+    "of_functions": lambda x: tf.function(tf.function(ops.sum))(x),
+    "of_branches": lambda x: tf.cond(_FLAG, lambda: ops.sum(x), lambda: ops.sum(2 * x)),
+    "through_a_branch": lambda x: _through_a_branch(ops.sum(x)),
 }
 _OTHERS = {
     "root": lambda x: ops.sqrt(ops.sum(x)),
@@ -115,42 +110,46 @@ def _slope(x):
 class SumsOfRowsTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.product(name=tuple(_SUMS), rows=(None, 4))
     def test_sum(self, name, rows):
-        loss, factor = _SUMS[name]
-        kinds, (found,) = _found(loss, rows)
-        self.assertAlmostEqual(found, factor, places=6)
+        kinds, found, whole = _found(_SUMS[name], rows)
+        self.assertAllClose(found, whole)
         self.assertLessEqual(kinds, {Kind.SUM, Kind.MEAN})
 
     @parameterized.product(name=tuple(_MEANS), rows=(None, 4))
     def test_mean(self, name, rows):
-        kinds, _ = _found(_MEANS[name], rows)
+        kinds, *_ = _found(_MEANS[name], rows)
         self.assertLessEqual(kinds, {Kind.MEAN})
 
     @parameterized.product(name=tuple(_OTHERS), rows=(None, 4))
     def test_other(self, name, rows):
-        kinds, _ = _found(_OTHERS[name], rows)
+        kinds, *_ = _found(_OTHERS[name], rows)
         self.assertContainsSubset({Kind.OTHER}, kinds)
 
     @parameterized.product(name=tuple(_MIXED), rows=(None, 4))
     def test_mixed(self, name, rows):
-        kinds, _ = _found(_MIXED[name], rows)
+        kinds, *_ = _found(_MIXED[name], rows)
         self.assertEqual(kinds, {Kind.MIXED})
 
 
 def _found(loss, rows):
-    """Returns the kinds of a loss' parts, and the factors of the sums among them."""
+    """Returns the kinds of a loss' parts, the value of the sums, and the loss."""
     kinds = set()
 
     @tf.function(autograph=False)
     def traced(x):
+        value = loss(x)
         parts = sums_of_rows.find(
-            loss(x), rows, lambda tensor: False, tensorflow_internals.inside
+            value, rows, lambda tensor: False, tensorflow_internals.inside
         )
         kinds.update(part.kind for part in parts)
-        sums = [part for part in parts if part.kind is Kind.SUM]
-        return [tf.convert_to_tensor(part.factor(), tf.float32) for part in sums]
+        sums = [
+            part.factor() * tf.reduce_sum(part.tensor)
+            for part in parts
+            if part.kind is Kind.SUM
+        ]
+        return tf.reduce_sum(sums), tf.reduce_sum(value)
 
     concrete = traced.get_concrete_function(tf.TensorSpec([rows, 5], tf.float32))
-    return kinds, [float(factor) for factor in concrete(tf.ones([4, 5]))]
+    return kinds, *concrete(tf.reshape(tf.range(20.0), [4, 5]))
 
 
 if __name__ == "__main__":

@@ -38,7 +38,8 @@ and 2.21.0 with Keras 3.15; `python -m tests.compatibility` runs the suite on bo
     `apply_mask` of `keras.src.losses.loss` and `CompileLoss.call`: Keras sums gradients
     after it has clipped, checked and accumulated them, and takes all replicas to have
     as many rows. `could_possibly_record` tells a loss that is trained on from one that
-    is only reported. `_get_function` and `graph` give what a function of a graph computes.
+    is only reported. `_get_function` and `graph` give what a function of a graph
+    computes.
 
   * Lets a replica that a batch leaves without rows train. All convolutions and
     max-pooling of Keras, by layers and by `keras.ops`, come to functions of
@@ -1095,6 +1096,21 @@ def _noting_losses(add_loss):
     return add
 
 
+def _whole(value, rows):
+    """Returns a scalar in which sums over the rows count for all replicas' rows.
+
+    The mean over the replicas by their rows is then that of all rows.
+    """
+    if rows.replicas == 1:
+        return value
+    weight = rows.weight_of_sum() if _rows_to_train_on() else rows.replicas
+    for part in _parts(value, rows):
+        if part.kind is sums_of_rows.Kind.SUM:
+            more = tf.cast(weight - 1, value.dtype) * part.factor()
+            value += more * tf.reduce_sum(part.tensor)
+    return value
+
+
 def _by_rows(update_state):
     """Counts a loss that a replica gives a mean by its rows, and none without rows."""
 
@@ -1103,6 +1119,7 @@ def _by_rows(update_state):
         rows = rows_of_replicas.current()
         if rows and not tf.convert_to_tensor(values).shape.rank:
             weight = rows.weight_of_metric()
+            values = _whole(tf.convert_to_tensor(values), rows)
             values = tf.where(weight > 0, values, tf.zeros_like(values))
             if sample_weight is None:
                 sample_weight = weight
@@ -1120,7 +1137,7 @@ def of_all_rows(results, rows):
         is_scalar = isinstance(value, tf.Tensor) and value.shape.rank == 0
         if is_scalar and value.dtype.is_floating and not sums_of_rows.is_state(value):
             weight = tf.cast(rows.weight_of_report(), value.dtype)
-            results[name] = tf.math.multiply_no_nan(value, weight)
+            results[name] = tf.math.multiply_no_nan(_whole(value, rows), weight)
     return results
 
 

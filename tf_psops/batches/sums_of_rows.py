@@ -143,7 +143,7 @@ class _Search:
     def _divided(self, tensor, factor):
         value, divisor = tensor.op.inputs
         if _is_no_count(divisor, value, self._num_rows):
-            yield from self.parts(value, lambda: factor() / divisor)
+            yield from self._scaled(tensor, value, factor, lambda: 1 / divisor)
         elif self._counts(divisor):
             yield from self._mean(value)
         else:
@@ -153,7 +153,7 @@ class _Search:
         a, b = tensor.op.inputs
         for value, other in (a, b), (b, a):
             if _is_no_count(other, value, self._num_rows):
-                yield from self.parts(value, lambda by=other: factor() * by)
+                yield from self._scaled(tensor, value, factor, lambda by=other: by)
                 return
         for value, other in (a, b), (b, a):
             if not _meets_values(other):
@@ -161,6 +161,12 @@ class _Search:
                 yield from self._mean(value) if one else self._taken(tensor, [value])
                 return
         yield from self._of_own_rows(tensor)
+
+    def _scaled(self, tensor, value, factor, scale):
+        parts = list(self.parts(value, lambda: factor() * scale()))
+        if all(part.kind is Kind.SUM for part in parts):
+            parts = [Part(Kind.SUM, tensor, factor)]  # The scale may be trained, too.
+        yield from parts
 
     def _counts(self, divisor):
         """Tells whether a divisor adds up, or counts, what a numerator adds up."""
