@@ -1,6 +1,7 @@
 """Tests that replicas that share gradients train as plain Keras on all their rows."""
 
 import contextlib
+import functools
 
 import clusters
 import keras
@@ -313,6 +314,18 @@ class Uncertain(Own):
         return {"own": self.loss_of(data)}
 
 
+class OfAnySort(Uncertain):
+    """Takes rows as a ragged or a sparse tensor, too."""
+
+    def loss_of(self, data):
+        x, y = data
+        if isinstance(x, tf.RaggedTensor):
+            x = x.to_tensor(shape=[None, 4])
+        elif isinstance(x, tf.SparseTensor):
+            x = tf.ensure_shape(tf.sparse.to_dense(x), [None, 4])
+        return super().loss_of((x, y))
+
+
 class AddsMean(layers.Layer):
     def call(self, x):
         self.add_loss(0.1 * ops.mean(x**2))
@@ -326,15 +339,16 @@ _LACKING = {
 }
 
 
-def _fit_alone(strategy, make, x, optimizer=optimizers.SGD, **kwargs):
+def _fit_alone(strategy, make, x, optimizer=optimizers.SGD, sort=None, **kwargs):
     """Returns the weights of each local particle, the history and an evaluation."""
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
         model = swarms.compiled(make(), optimizer(0.1), **kwargs)
     size = 2 * (strategy.num_replicas_in_sync if strategy else 1)
-    data = tf.data.Dataset.from_tensor_slices((x, x.argmax(-1) % 3)).batch(size)
+    rows = sort(x) if sort else x
+    data = tf.data.Dataset.from_tensor_slices((rows, x.argmax(-1) % 3)).batch(size)
     history = model.fit(data, verbose=0).history
-    evaluated = type(model) is Uncertain and model.evaluate(data, verbose=0)
+    evaluated = isinstance(model, Uncertain) and model.evaluate(data, verbose=0)
     copies = zip(
         *(
             swarms.local(model, v) if strategy else [v.numpy()]
@@ -396,6 +410,22 @@ class LackingTest(tf.test.TestCase, parameterized.TestCase):
         counts = (3, 2) if name == "own" else (5, 4)
         expected = np.average([h["loss"][0] for _, h, _ in plain], weights=counts)
         self.assertAllClose(history["loss"], [expected], rtol=1e-6)
+
+    @parameterized.product(
+        sort=(tf.RaggedTensor.from_tensor, tf.sparse.from_dense),
+        particle=("device", "worker"),
+    )
+    def test_rows_of_another_sort(self, sort, particle):
+        x, _ = self._rows()
+        tf_psops.SwarmStrategy.in_process(2)
+        strategy = tf_psops.SwarmStrategy(["CPU:0", "CPU:1"], particle=particle)
+        make = functools.partial(OfAnySort, ops.mean)
+        expected = _fit_alone(strategy, make, x)
+        found = _fit_alone(strategy, make, x, sort=sort)
+        for weights, others in zip(found[0], expected[0], strict=True):
+            for weight, other in zip(weights, others, strict=True):
+                self.assertAllEqual(weight, other)
+        self.assertAllEqual(found[1]["own"], expected[1]["own"])
 
     def test_moments_of_an_optimizer_go_on(self):
         """As with a compiled loss the step is one of gradient 0."""

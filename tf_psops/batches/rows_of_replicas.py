@@ -81,7 +81,7 @@ class RowsOfReplicas:
         self.has_keras_loss = self.adds_loss = False
         self._own = _count(batch)
         self._local = local
-        self._graph = None if tf.executing_eagerly() else batch.graph
+        self._graph = None if tf.executing_eagerly() else self._own.graph
         self._total = self._own if self.replicas == 1 else None
         if 1 < self.replicas <= len(strategy.extended.worker_devices):
             self._total = local
