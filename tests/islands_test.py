@@ -5,6 +5,7 @@ import contextlib
 import clusters
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
 from absl.testing import parameterized
 from keras import layers
@@ -88,6 +89,19 @@ class IslandsTest(tf.test.TestCase, parameterized.TestCase):
         for got in islands:
             self.assertAllClose(got, weights, atol=1e-5)
 
+    @parameterized.parameters(
+        {"particle": "worker", "min_workers": 1}, {"share_gradients": True}
+    )
+    @pytest.mark.slow
+    def test_forms_of_training(self, **kwargs):
+        expected = _forms(tf.distribute.get_strategy())
+        for found in clusters.run(_forms_on_worker, 2, kwargs, timeout=200):
+            self.assertEqual(found.keys(), expected.keys())
+            for name, weights in found.items():
+                with self.subTest(name):
+                    for weight, value in zip(weights, expected[name], strict=True):
+                        self.assertAllClose(weight, value, atol=1e-5)
+
     @parameterized.parameters({"particle": "worker"}, {"share_gradients": True})
     def test_lora_and_ctrl_c(self, **kwargs):
         plain = tf.distribute.get_strategy()
@@ -137,6 +151,75 @@ def _island_sgd():
         *_data(2), batch_size=2 * _ROWS, shuffle=False, verbose=0, callbacks=[sync]
     )
     return model.get_weights()
+
+
+class _Batches(keras.utils.PyDataset):
+    def __len__(self):
+        return _STEPS
+
+    def __getitem__(self, step):
+        rows = slice(step * 2 * _ROWS, (step + 1) * 2 * _ROWS)
+        x, y = _data(2)
+        return x[rows], y[rows]
+
+
+class Student(keras.Model):
+    """Follows a teacher that is its moving average."""
+
+    def __init__(self):
+        super().__init__()
+        self.student, self.teacher = layers.Dense(3), layers.Dense(3, trainable=False)
+
+    def build(self, shape):
+        self.student.build(shape)
+        self.teacher.build(shape)
+
+    def call(self, x):
+        return self.student(x)
+
+    def train_step(self, data):
+        x, y = data
+        with tf.GradientTape() as tape:
+            loss = self.compute_loss(x, y, self(x))
+            loss += tf.reduce_mean((self(x) - self.teacher(x)) ** 2)
+        weights = self.trainable_variables
+        self.optimizer.apply(tape.gradient(loss, weights), weights)
+        for old, new in zip(self.teacher.variables, self.student.variables):
+            old.assign(0.9 * old + 0.1 * new)
+        return {"loss": loss}
+
+
+def _forms(strategy):
+    """Returns the weights that several forms of training lead to, by their names."""
+    x, y = _data(2)
+    forms = {
+        "class weights": (x, y, {"class_weight": {0: 1.0, 1: 3.0, 2: 0.5}}),
+        "sample weights": (x, y, {"sample_weight": np.linspace(0, 2, len(x))}),
+        "validation split": (x, y, {"validation_split": 0.25}),
+        "PyDataset": (_Batches(), None, {}),
+        "PyDataset, two threads": (_Batches(workers=2), None, {}),
+        "teacher": (x, y, {}),
+    }
+    weights = {}
+    for name, (data, labels, kwargs) in forms.items():
+        model = _compiled(strategy, optimizer=_sgd)
+        if name == "teacher":
+            with strategy.scope():
+                model, loss = Student(), model.loss
+                model.build((None, x.shape[1]))
+                model.compile(_sgd(), loss)
+        if isinstance(strategy, tf_psops.SwarmStrategy):
+            sync = tf_psops.PSOSync(1, tf_psops.ParameterAverage())
+            kwargs = {**kwargs, "callbacks": [sync]}
+        if labels is not None:
+            kwargs = {**kwargs, "batch_size": 2 * _ROWS}
+        model.fit(data, labels, shuffle=False, verbose=0, **kwargs)
+        weights[name] = model.get_weights()
+    return weights
+
+
+def _forms_on_worker(kwargs):
+    return _forms(_strategy(2, **kwargs))
 
 
 def _sgd():
