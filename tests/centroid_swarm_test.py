@@ -1,10 +1,13 @@
 """Tests of `tf_psops.CentroidSwarm` and of its peers that move a shared point."""
 
+import functools
+
 import numpy as np
 import tensorflow as tf
 from absl.testing import parameterized
 
 import tf_psops
+from tf_psops.sync import compiled_rule
 
 _TENSOR_IDS = (0, 0, 1)
 _INF, _NAN = float("inf"), float("nan")
@@ -21,10 +24,14 @@ def _news(vector, distances=(0.0,) * 4):
     )
 
 
+def _factors(rule, state, news):
+    return compiled_rule.CompiledRule(rule).factors(state, news, num_tensors=2)
+
+
 def _compiled(rule):
     """Returns what moves a particle as a swarm does."""
     move = tf.function(lambda *args: rule.move(*args, _TENSOR_IDS), jit_compile=True)
-    factors = tf.function(lambda state, news: rule.factors(state, news, 2))
+    factors = tf.function(functools.partial(_factors, rule))
 
     def moved(state, position, news):
         return move(state, position, news._replace(factors=factors(state, news)))
@@ -140,7 +147,7 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         rule = tf_psops.CentroidSwarm()
         state = rule.init(tf.zeros(len(mean), tf.float64))
         state = state._replace(previous=tf.constant(-velocity))
-        return rule.factors(state, _news(mean, _lengths(ways)), 1), velocity
+        return _factors(rule, state, _news(mean, _lengths(ways))), velocity
 
     @parameterized.parameters(2, 4, 32)
     def test_heeds_progress_alike_with_any_number_of_particles(self, num):
@@ -195,23 +202,28 @@ class CentroidSwarmTest(tf.test.TestCase, parameterized.TestCase):
         rounded = self._moves_by([[1, 0, 0], [1, 0, 1e-9]], [0.6, 0, 0.8], [0.99, 0.99])
         self.assertAllEqual([alone, in_one_place, at_rest, rounded], [0] * 4)
 
-    def test_adds_long_vectors_up(self):
+    @parameterized.parameters((500_001, 1e-6), (3_000_001, 0.01))
+    def test_adds_long_vectors_up(self, size, tolerance):
+        """The longest that are added up whole, and a sample of longer ones."""
         rng = np.random.default_rng(0)
-        x, v = rng.normal(size=[2, 600_001]).astype(np.float32)
-        particles = x + 0.3 * v + rng.normal(size=[4, 600_001]).astype(np.float32)
+        # As in networks, tensors differ in how far they go.
+        scale = np.repeat(rng.uniform(0.1, 3, 300), size // 300 + 1)[:size]
+        x, v = scale * rng.normal(size=[2, size]).astype(np.float32)
+        particles = x + 0.3 * v + scale * rng.normal(size=[4, size])
+        x, v, particles = np.float32(x), np.float32(v), np.float32(particles)
         rule = tf_psops.CentroidSwarm()
         state = rule.init(tf.constant(x))._replace(previous=tf.constant(x - v))
         news = _news(particles.mean(0), _lengths(particles - x))
-        factors = rule.factors(state, news, 2)
+        factors = _factors(rule, state, news)
         w = factors.inertia
         self.assertEqual(w.dtype, tf.float32)
-        self.assertAllClose(w, _inertia(x, v, particles), atol=1e-6)
+        self.assertAllClose(w, _inertia(x, v, particles), atol=tolerance)
         self.assertBetween(w, 0.1, 0.4)
         centroid = particles.mean(0)
         spread = np.sqrt(np.mean(_lengths(particles - centroid) ** 2))
-        self.assertAllClose(factors.way, _lengths(centroid - x))
-        self.assertAllClose(factors.spread, spread)
-        self.assertAllClose(factors.cohesion, (factors.way / spread) ** 2)
+        self.assertAllClose(factors.way, _lengths(centroid - x), rtol=tolerance)
+        self.assertAllClose(factors.spread, spread, rtol=tolerance)
+        self.assertAllClose(factors.cohesion, (factors.way / factors.spread) ** 2)
 
     def test_no_inertia_is_parameter_averaging(self):
         rule = tf_psops.CentroidSwarm(inertia=0)

@@ -39,6 +39,10 @@ loss of one batch can show. What the particles have told each other shows it, fo
 
 sum_i |x_i - m|**2 is sum_i |x_i - x|**2 - W*|D|**2, of the distances that the particles
 report anyway; W counts those in good health. Where rounding makes it 0 or less, w is 0.
+From half a million weights on, all of this is of a sample of them, the same everywhere:
+at that size what differs from one weight to the next no longer shows in sums. Each
+worker adds up and moves its own share of the centroid, so that a swarm of more workers
+does so in less time.
 Rounded payloads move m alone, by far less than the particles are apart; with a delay
 all is measured where the synchronisation started; and a particle that has joined went
 on from x like all others, with a shorter way at most, from fresh slots.
@@ -51,7 +55,8 @@ from typing import NamedTuple
 import tensorflow as tf
 
 from tf_psops import _checks, _pieces
-from tf_psops.rules.rule import News, Rule
+from tf_psops.rules.rule import News
+from tf_psops.rules.shared_rule import SharedRule
 
 _ALIGNED = 0.6
 _STRAIGHT = 0.8
@@ -95,7 +100,7 @@ class CentroidSwarmFactors(NamedTuple):
     spread: tf.Tensor
 
 
-class CentroidSwarm(Rule):
+class CentroidSwarm(SharedRule):
     """Moves all particles together, to their centroid and on by an inertia that fits.
 
     The swarm's position x and velocity v, the same for all particles, move by
@@ -123,7 +128,6 @@ class CentroidSwarm(Rule):
     ```
     """
 
-    exchange = "mean"
     needs_fitness = False
 
     def __init__(self, inertia: float = 0.5):
@@ -135,11 +139,8 @@ class CentroidSwarm(Rule):
         """Returns the state of a swarm at rest."""
         return CentroidSwarmState(tf.identity(position), tf.identity(position))
 
-    def factors(
-        self, state: CentroidSwarmState, news: News, num_tensors: int
-    ) -> CentroidSwarmFactors:
-        """Returns the inertia, and what it is made of."""
-        del num_tensors
+    def sums(self, state: CentroidSwarmState, mean: tf.Tensor) -> list[tf.Tensor]:
+        """Returns |D|**2, |v|**2 and D*v, by a sample where vectors are long."""
 
         def products(mean, *pieces):
             piece = CentroidSwarmState(*pieces)
@@ -147,8 +148,17 @@ class CentroidSwarm(Rule):
             halves = tf.nn.l2_loss(way), tf.nn.l2_loss(velocity)
             return *halves, tf.reduce_sum(way * velocity)
 
-        way, speed, along = _pieces.add(products, news.vector, *state)
-        way, speed = 2 * way, 2 * speed
+        sample = [_pieces.sample(vector) for vector in (mean, *state)]
+        way, speed, along = _pieces.add(products, *sample)
+        whole = mean.shape[0] / max(1, sample[0].shape[0])
+        return [2 * whole * way, 2 * whole * speed, whole * along]
+
+    def factors(
+        self, state: CentroidSwarmState, news: News, num_tensors: int
+    ) -> CentroidSwarmFactors:
+        """Returns the inertia, and what it is made of."""
+        del state, num_tensors
+        way, speed, along = news.sums
         in_order = tf.math.is_finite(news.distances)
         distances = tf.where(in_order, tf.cast(news.distances, tf.float64), 0)
         count = tf.reduce_sum(tf.cast(in_order, tf.float64))
@@ -172,17 +182,20 @@ class CentroidSwarm(Rule):
             spread=tf.sqrt(tf.maximum(apart, 0) / count),
         )
 
-    def move(
-        self,
-        state: CentroidSwarmState,
-        position: tf.Tensor,
-        news: News,
-        tensor_ids: tf.Tensor,
-    ) -> tuple[CentroidSwarmState, tf.Tensor]:
-        """Returns the moved state and position; see `Rule.move`."""
-        del position, tensor_ids
-        moved = news.vector + news.factors.inertia * state.velocity
-        return CentroidSwarmState(moved, state.position), moved
+    def lead(
+        self, state: CentroidSwarmState, mean: tf.Tensor, factors: CentroidSwarmFactors
+    ) -> tf.Tensor:
+        """Returns x + v; see `SharedRule.lead`."""
+        step = state.velocity
+        step *= factors.inertia
+        mean += step
+        return mean
+
+    def follow(
+        self, state: CentroidSwarmState, position: tf.Tensor
+    ) -> CentroidSwarmState:
+        """Returns the state after a move; see `SharedRule.follow`."""
+        return CentroidSwarmState(position, state.position)
 
     def measures(self, state: CentroidSwarmState, news: News) -> dict[str, tf.Tensor]:
         """Returns `CentroidSwarmFactors` by their names."""

@@ -45,7 +45,9 @@ class News(NamedTuple):
             the last synchronisation.
         distances: [W], how far every particle is from the position that stood for the
             swarm since the last synchronisation, which `Rule.agreed` gives; infinite
-            for a particle that is out of order.
+            for a particle that is out of order. Of more than half a million elements
+            a sample stands for all of them.
+        sums: What the `sums` of a `SharedRule` gave.
         factors: What the rule's `factors` gave.
     """
 
@@ -55,6 +57,7 @@ class News(NamedTuple):
     sync: tf.Tensor
     learning_rate: tf.Tensor
     distances: tf.Tensor
+    sums: Any = None
     factors: Any = None
 
 

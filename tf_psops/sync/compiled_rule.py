@@ -4,6 +4,7 @@ import tensorflow as tf
 
 from tf_psops import _xla
 from tf_psops.rules import rule as rule_lib
+from tf_psops.rules import shared_rule
 
 
 class CompiledRule:
@@ -20,7 +21,7 @@ class CompiledRule:
         self.exchange = rule.exchange
         self.needs_fitness = rule.needs_fitness
         self.join = rule.join
-        self.factors = rule.factors
+        self.is_shared = isinstance(rule, shared_rule.SharedRule)
         self._move_in_place = _xla.compiled_in_place(self._move)
         self.agreed = _xla.compiled(self._agreed)
 
@@ -49,6 +50,36 @@ class CompiledRule:
         measures = self._rule.measures(state, news)
         rule_lib.check_measures(self._rule, measures)
         return {name: tf.cast(value, tf.float64) for name, value in measures.items()}
+
+    def factors(self, state, news, num_tensors, add_up=list):
+        """Returns numbers for the particle's move.
+
+        Args:
+            state: See `Rule.factors`.
+            news: See `Rule.factors`.
+            num_tensors: See `Rule.factors`.
+            add_up: A function of the `sums` of a share that returns those of all.
+        """
+        if self.is_shared:
+            sums = self._rule.sums(state, news.vector)
+            news = news._replace(sums=add_up(sums))
+        return self._rule.factors(state, news, num_tensors)
+
+    def lead(self, state, mean, factors):
+        """Changes a NumPy array, the mean, to where a `SharedRule` leads from there."""
+        self._rule.lead(state, mean, factors)
+
+    def follow(self, state, position):
+        """Moves a particle to where a `SharedRule` has led the mean, and returns it.
+
+        Args:
+            state: The variables that hold its state, which change.
+            position: [P].
+        """
+        values = tf.nest.map_structure(lambda variable: variable.read_value(), state)
+        followed = self._rule.follow(values, position)
+        tf.nest.map_structure(lambda old, new: old.assign(new), state, followed)
+        return position
 
     def move(self, state, position, news, make_tensor_ids):
         """Moves a particle, and returns its new position.

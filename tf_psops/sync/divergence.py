@@ -1,5 +1,7 @@
 """Tells particles in good health from those that are out of order."""
 
+import math
+
 import numpy as np
 import tensorflow as tf
 
@@ -40,6 +42,13 @@ def distance(one, other):
         lambda *pieces: [tf.reduce_sum(tf.math.squared_difference(*pieces))], one, other
     )
     return tf.sqrt(square)
+
+
+def sampled_distance(one, other):
+    """Returns it by `_pieces.sample` of both."""
+    part = _pieces.sample(one)
+    scale = math.sqrt(one.shape[0] / max(1, part.shape[0]))
+    return scale * distance(part, _pieces.sample(other))
 
 
 def is_finite(vector):

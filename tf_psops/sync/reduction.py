@@ -1,8 +1,12 @@
 """What travels between the workers at a synchronisation, and in which type."""
 
+import operator
+
 import tensorflow as tf
 
 from tf_psops import _xla
+
+_PIECE = 1 << 15  # Elements, so that a piece stays in the cache.
 
 
 class Reduction:
@@ -11,17 +15,21 @@ class Reduction:
     Args:
         collectives: The swarm's `Collectives`.
         particles: The local `Particles`.
-        kind: "best" or "mean"; see `Rule.exchange`.
+        rule: A `CompiledRule`.
         payload: The `tf.DType` in which the one vector travels. What travels in
             another type than the vector's own is the way from `Particles.vector`,
             which is short.
     """
 
-    def __init__(self, collectives, particles, kind, payload):
+    def __init__(self, collectives, particles, rule, payload):
         self._collectives = collectives
         self._particles = particles
-        self._kind = kind
+        self._rule = rule
         self._payload = payload
+        self._is_exact = payload == particles.dtype
+        self._leads_shares = (
+            rule.is_shared and self._is_exact and collectives.leads_shares
+        )
         self._shorten = _xla.compiled(
             lambda vector, last: tf.saturate_cast(vector - last, payload)
         )
@@ -29,8 +37,7 @@ class Reduction:
             lambda way, last: last + tf.cast(way, last.dtype)
         )
 
-    @tf.function(autograph=False)
-    def travel(self, offers, others, fitness, root, is_news):
+    def travel(self, offers, others, news, root, is_news):
         """Returns the vector that travels, and the mean of the other vectors.
 
         It must not read what training writes, which may go on meanwhile.
@@ -38,18 +45,36 @@ class Reduction:
         Args:
             offers: A vector, [P], for each local particle.
             others: A vector, [Q], for each local particle; Q may be 0.
-            fitness: [W], not finite for particles in bad health.
+            news: The `News` of all particles.
             root: Scalar int32, the particle with the best offer.
             is_news: Scalar bool, whether that offer has not travelled before.
 
         Returns:
-            Two lists with a vector for each device.
+            Two lists with a vector for each device; and where a `SharedRule` has led
+            the vector on, each worker its share, the factors of it, otherwise `None`.
         """
+        share = None
+        if self._leads_shares:
+            size = offers[0].shape[0]
+            share = self._collectives.share(size + others[0].shape[0])
+            share = [min(end, size) for end in share]
+        return self._travel(offers, others, news, root, is_news, share)
+
+    @tf.function(autograph=False)
+    def _travel(self, offers, others, news, root, is_news, share):
         mean = self._collectives.mean
-        healthy = tf.math.is_finite(fitness)
-        rounded = self._payload != self._particles.dtype
-        if self._kind == "mean" and not rounded:
-            return self._collectives.mean_of_both(offers, others, healthy)
+        healthy = tf.math.is_finite(news.fitness)
+        if self._rule.exchange == "mean" and self._is_exact:
+            factors = lead = None
+            if share:
+
+                def lead(mean):
+                    nonlocal factors
+                    led, factors = self._lead(mean, news, slice(*share))
+                    return led
+
+            means = self._collectives.mean_of_both(offers, others, healthy, lead)
+            return *means, factors
         if others[0].shape[0]:
             others = mean(others, healthy)
         last = [vector.read_value() for vector in self._particles.vector]
@@ -69,7 +94,7 @@ class Reduction:
             return self._particles.each(lambda r: self._lengthen(ways[r], last[r]))
 
         def broadcast():
-            if not rounded:
+            if self._is_exact:
                 return self._collectives.broadcast(offers, root)
             ways = self._particles.each(way_of_root)
             return lengthen(self._collectives.broadcast(ways, root))
@@ -77,7 +102,37 @@ class Reduction:
         def stay():
             return [tf.identity(vector) for vector in last]
 
-        if self._kind == "best":
-            return tf.cond(is_news, broadcast, stay), others
+        if self._rule.exchange == "best":
+            return tf.cond(is_news, broadcast, stay), others, None
         ways = self._particles.each(way)
-        return lengthen(mean(ways, healthy)), others
+        return lengthen(mean(ways, healthy)), others, None
+
+    def _lead(self, mean, news, share):
+        """Returns where the rule leads from the mean, and its factors.
+
+        Args:
+            mean: A vector with the mean in this worker's share.
+            news: A `News`.
+            share: The slice of the weights in that share.
+        """
+        particles = self._particles
+        state = tf.nest.map_structure(operator.itemgetter(share), particles.state(0))
+        factors = self._rule.factors(
+            state,
+            news._replace(vector=mean[share]),
+            len(particles.weights.variables[0]),
+            self._collectives.add_up,
+        )
+        known = state, factors
+
+        def work(mean, *flat):
+            state, factors = tf.nest.pack_sequence_as(known, flat)
+            own = mean[share]
+            for start in range(0, len(own), _PIECE):
+                cut = operator.itemgetter(slice(start, start + _PIECE))
+                self._rule.lead(tf.nest.map_structure(cut, state), cut(own), factors)
+            return self._collectives.gather_shares(mean)
+
+        with tf.device("CPU:0"):
+            led = tf.numpy_function(work, [mean, *tf.nest.flatten(known)], mean.dtype)
+        return tf.ensure_shape(led, mean.shape), factors

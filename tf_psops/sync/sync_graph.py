@@ -7,7 +7,6 @@ import math
 import tensorflow as tf
 
 from tf_psops import _zeros
-from tf_psops.rules import rule as rule_lib
 from tf_psops.sync import divergence
 
 
@@ -36,10 +35,10 @@ class SyncGraph:
     def report(self, told):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [7], has its fitness, NaN where it is unknown, score, steps, distance
-        from the position that stands for the swarm, learning rate, and what its worker
-        tells. Then come positions, offers, what of the rule's states is new, and the
-        state to be averaged.
+        A row, [8], has its fitness, NaN where it is unknown, score, steps, distance
+        from the position that stands for the swarm, that of a sample of the elements,
+        learning rate, and what its worker tells. Then come positions, offers, what of
+        the rule's states is new, and the state to be averaged.
 
         Args:
             told: [2], float64: the worker's vote, and how long it waited last.
@@ -78,6 +77,7 @@ class SyncGraph:
                 offer.score,
                 self._loss_tracker.steps(replica),
                 distance,
+                divergence.sampled_distance(position, agreed),
                 self._loss_tracker.learning_rate(replica),
                 *tf.unstack(told),
             )
@@ -90,30 +90,17 @@ class SyncGraph:
         return *reports, particles.share(own)
 
     @tf.function(autograph=False)
-    def settle(
-        self,
-        fitness,
-        learning_rate,
-        distances,
-        positions,
-        states,
-        own,
-        vectors,
-        averaged,
-        sync,
-    ):
+    def settle(self, news_of_all, positions, states, own, vectors, averaged, factors):
         """Moves the local particles by what travelled.
 
         Args:
-            fitness: [W], not finite for particles in bad health.
-            learning_rate: Scalar, that of the swarm; see `News`.
-            distances: [W], see `News`.
+            news_of_all: The `News` of all particles.
             positions: The local particles' positions, as `report` returned them.
             states: What of the states of their rule is new, likewise.
             own: Their state to be averaged, likewise.
             vectors: The vector that travelled, on each device.
             averaged: The mean of the state, on each device.
-            sync: Scalar int32, the number of this synchronisation.
+            factors: Those by which a rule has led the vector on, `None` if none has.
 
         Returns:
             Whether the rule gave a finite position, for each local particle; and what
@@ -121,7 +108,7 @@ class SyncGraph:
         """
         particles, first = self._particles, self._particles.indices.start
         mine = [
-            tf.math.is_finite(fitness)[place]
+            tf.math.is_finite(news_of_all.fitness)[place]
             for place in particles.each(lambda r: first + particles.place(r))
         ]
 
@@ -164,20 +151,18 @@ class SyncGraph:
                 least = tf.minimum(averaged[replica], now)
                 moved = tf.where((moved < 0) & (least >= 0), least, moved)
                 particles.averaged.unpack(replica, moved)
-            news = rule_lib.News(
+            news = news_of_all._replace(
                 vector=vectors[replica],
-                fitness=tf.cast(fitness, particles.dtype),
-                particle=first + particles.place(replica),
-                sync=sync,
-                learning_rate=tf.cast(learning_rate, particles.dtype),
-                distances=tf.cast(distances, particles.dtype),
+                particle=tf.constant(first + particles.place(replica)),
             )
-            factors = self._rule.factors(
+            if factors is not None:
+                return news._replace(factors=factors)
+            own_factors = self._rule.factors(
                 particles.state(replica),
                 news,
                 len(particles.weights.variables[replica]),
             )
-            return news._replace(factors=factors)
+            return news._replace(factors=own_factors)
 
         news = particles.each(learn)
 
@@ -192,16 +177,21 @@ class SyncGraph:
                 lambda: tf.identity(positions[replica]),
                 lambda: heal(replica),
             )
-            position = self._rule.move(
-                particles.rule_state[replica],
-                position,
-                news[replica],
-                functools.partial(particles.tensor_ids, replica),
-            )
+            if factors is None:
+                position = self._rule.move(
+                    particles.rule_state[replica],
+                    position,
+                    news[replica],
+                    functools.partial(particles.tensor_ids, replica),
+                )
+                finite = divergence.is_finite(position)
+            else:
+                memory = particles.rule_state[replica]
+                position = self._rule.follow(memory, vectors[replica])
+                finite = tf.constant(True)
             particles.keep(replica, vectors[replica])
             if replica == 0:
                 measures.update(self._rule.measures(particles.state(0), news[0]))
-            finite = divergence.is_finite(position)
             if self._delayed:
                 position += ways[replica]
             particles.weights.unpack(replica, position)

@@ -9,6 +9,7 @@ from concurrent import futures
 import numpy as np
 import tensorflow as tf
 
+from tf_psops.rules import rule as rule_lib
 from tf_psops.sync import async_work, divergence, loss_tracker, model_state
 from tf_psops.sync.compiled_rule import CompiledRule
 from tf_psops.sync.particles import Particles
@@ -55,7 +56,6 @@ class Synchronizer:
         self._strategy = strategy
         self._model = model
         self._rule = CompiledRule(rule)
-        self._exchange = rule.exchange
         self._delayed = delayed
         self._average_non_trainable = average_non_trainable
         self._average_slots = average_slots
@@ -95,7 +95,7 @@ class Synchronizer:
         )
         self._payload = tf.as_dtype(self._payload_dtype or self._particles.dtype)
         self._reduction = Reduction(
-            self._collectives, self._particles, self._exchange, self._payload
+            self._collectives, self._particles, self._rule, self._payload
         )
         self._graph = SyncGraph(
             self._rule,
@@ -226,15 +226,12 @@ class Synchronizer:
         changed = tf.nest.flatten(self._particles.changed())
         variables += changed
         values += [variable.read_value() for variable in changed]
-        table = self._collectives.tell(rows)
-        healthy = tf.zeros_like(table[:, 0])
+        zeros = np.zeros(len(self._collectives.tell(rows)))
+        news = self._news(zeros, 0, zeros)
         travelled = self._reduction.travel(
-            offers, own, healthy, tf.constant(0), tf.constant(True)
+            offers, own, news, tf.constant(0), tf.constant(True)
         )
-        rate = tf.constant(0, tf.float64)
-        self._graph.settle(
-            healthy, rate, healthy, positions, states, own, *travelled, tf.constant(0)
-        )
+        self._graph.settle(news, positions, states, own, *travelled)
         del positions, offers, states, own, travelled
         self._graph.close(take_mean)
         while variables:
@@ -397,7 +394,7 @@ class Synchronizer:
         start = time.perf_counter()
         table = self._collectives.tell(rows)
         waiting = time.perf_counter() - start
-        fitness, scores, steps, distances, rates, votes, waited = table.T
+        fitness, scores, steps, distances, sampled, rates, votes, waited = table.T
         self._check_steps(steps)
         present = ~np.isnan(steps)
         unknown = np.isnan(fitness) & present
@@ -415,24 +412,32 @@ class Synchronizer:
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
         told = distances, waiting, waited[:: len(self.local_particles)]
-        distances = np.where(sick, np.inf, distances)
+        sampled = np.where(sick, np.inf, sampled)
         root = int(np.where(sick, np.inf, scores).argmin())
-        news = (root, float(scores[root]))
-        travelled = self._reduction.travel(
-            offers,
-            own,
-            tf.constant(fitness),
-            tf.constant(root),
-            tf.constant(news != self._sent),
-        )
-        num_bytes = table.nbytes + self._particles.averaged.num_bytes
-        if self._rule.exchange == "mean" or news != self._sent:
-            num_bytes += self._particles.weights.size * self._payload.size
+        best = (root, float(scores[root]))
         # Particles that skipped a step, because of its loss scale, are behind in it.
         rate = rates[np.isfinite(fitness)].mean()
-        numbers = fitness, rate, distances
+        news = self._news(fitness, rate, sampled)
+        travelled = self._reduction.travel(
+            offers, own, news, tf.constant(root), tf.constant(best != self._sent)
+        )
+        num_bytes = table.nbytes + self._particles.averaged.num_bytes
+        if self._rule.exchange == "mean" or best != self._sent:
+            num_bytes += self._particles.weights.size * self._payload.size
         vote = int(np.nanmax(votes))
-        return numbers, unknown, news, vote, num_bytes, travelled, told
+        return fitness, unknown, best, vote, num_bytes, (news, travelled), told
+
+    def _news(self, fitness, learning_rate, distances):
+        """Returns what all particles learn, for each of them to add the rest."""
+        dtype = self._particles.dtype
+        return rule_lib.News(
+            vector=None,
+            fitness=tf.constant(np.where(np.isnan(fitness), np.inf, fitness), dtype),
+            particle=None,
+            sync=tf.constant(self.num_syncs),
+            learning_rate=tf.constant(learning_rate, dtype),
+            distances=tf.constant(distances, dtype),
+        )
 
     def finish(self):
         """Waits for what travels, and moves the particles by it.
@@ -453,17 +458,11 @@ class Synchronizer:
         start = time.perf_counter()
         result = moving.result()
         waited = time.perf_counter() - start
-        numbers, unknown, self._sent, self.vote, num_bytes, travelled, told = result
-        fitness = numbers[0]
+        fitness, unknown, self._sent, self.vote, num_bytes, learnt, told = result
+        news, travelled = learnt
         self.num_diverged += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
-        finite, measures = self._graph.settle(
-            tf.constant(np.where(np.isnan(fitness), np.inf, fitness)),
-            *map(tf.constant, numbers[1:]),
-            *brought,
-            *travelled,
-            tf.constant(self.num_syncs),
-        )
+        finite, measures = self._graph.settle(news, *brought, *travelled)
         self._check_finite(finite, "move")
         self._particles.forget_set()
         fitness = np.where(unknown & np.isfinite(fitness), np.nan, fitness)
@@ -509,7 +508,7 @@ class Synchronizer:
                 # Half a step more than at a synchronisation.
                 rows = [
                     np.array(
-                        [0, 0, self._loss_tracker.num_steps(replica) + 0.5, 0, 0, 0, 0]
+                        [0, 0, self._loss_tracker.num_steps(replica) + 0.5, *[0] * 5]
                     )
                     for replica in range(len(self.local_particles))
                 ]

@@ -66,7 +66,19 @@ class Collectives:
         flat = np.concatenate([absent if t is None else t for t in tables])
         return flat.reshape(self.num_particles, -1)
 
-    def mean(self, vectors, healthy):
+    @property
+    def leads_shares(self):
+        """Returns whether each of several workers has a share of what it reduces."""
+        # On GPUs the whole vector is led in less time than a share is copied.
+        device = tf.DeviceSpec.from_string(self._devices[0])
+        return self._group is not None and device.device_type == "CPU"
+
+    def share(self, size):
+        """Returns the start and the end of this worker's share of a vector."""
+        share = self._group.share(size)
+        return share.start, share.stop
+
+    def mean(self, vectors, healthy, lead=None):
         """Returns the mean of the healthy replicas' vectors, [P], on each device.
 
         Sums are of float32 at least; what is too large for a smaller type becomes its
@@ -76,6 +88,9 @@ class Collectives:
             vectors: A list of vectors, [P], one for each local replica. Those of
                 replicas out of order may hold anything, NaN included.
             healthy: [W], a bool for each replica, at least one of them true.
+            lead: A function of a vector with the mean in this worker's `share`, and
+                anything elsewhere, that changes it there and returns
+                `gather_shares` of it. Only where `leads_shares`, in `together`.
         """
         first, local = self.first_particle, self._local
         with tf.device(self._devices[0]):
@@ -94,7 +109,30 @@ class Collectives:
             # The sum of several may be too large for their type.
             mine = vectors[0] if local == 1 else _scaled_sum(vectors, 1 / local)
         local_healthy = tf.reshape(healthy, [self._group.num_workers, local])
-        return self._to_devices(self._all_reduce(mine, local_healthy))
+        if lead:
+            mean = lead(self._reduce(self._group.reduce_scatter, mine, local_healthy))
+        else:
+            mean = self._reduce(self._group.all_reduce, mine, local_healthy)
+        return self._to_devices(mean)
+
+    def gather_shares(self, vector):
+        """Returns a NumPy array with the shares of all workers in their places.
+
+        Args:
+            vector: The same array, with this worker's.
+        """
+        return vector if self._group.is_alone else self._group.all_gather(vector)
+
+    def add_up(self, sums):
+        """Returns the totals of all workers' scalars, lists of float64."""
+
+        def total(sums):
+            told = self._group.gather(sums)
+            return np.sum([one for one in told if one is not None], axis=0)
+
+        with tf.device("CPU:0"):
+            totals = tf.numpy_function(total, [tf.stack(sums)], tf.float64)
+            return tf.unstack(tf.ensure_shape(totals, [len(sums)]))
 
     def reduce(self, vector, mean):
         """Returns the sum, or the mean, of one vector, [P], of each worker.
@@ -107,7 +145,8 @@ class Collectives:
             return vector
         # No particles, to divide by their number.
         local = int(mean)
-        return self._all_reduce(vector, tf.ones([self._group.num_workers, local], bool))
+        all_healthy = tf.ones([self._group.num_workers, local], bool)
+        return self._reduce(self._group.all_reduce, vector, all_healthy)
 
     def concat(self, tensor, axis):
         """Returns one tensor of each worker that is there, joined along an axis.
@@ -125,34 +164,32 @@ class Collectives:
         with tf.device("CPU:0"):
             return tf.numpy_function(work, [tensor], tensor.dtype)
 
-    def _all_reduce(self, vector, healthy):
+    def _reduce(self, function, vector, healthy):
+        """Returns what the group's `all_reduce` or `reduce_scatter` makes of a mean."""
+
+        def work(vector, healthy, memory):
+            if self._group.is_alone:
+                memory[...] = vector
+                return memory
+
+            def reduce(shares, own):
+                count = healthy[list(self._group.present)].sum()
+                scale = healthy.shape[1] / count if count else 1
+                _scaled_sum_of_arrays(shares, scale, own)
+
+            return self._group.transaction(lambda: function(vector, memory, reduce))
+
         with tf.device("CPU:0"):
-            mean = tf.numpy_function(
-                self._mean,
-                [vector, healthy, _memory(tf.shape(vector), vector.dtype)],
-                vector.dtype,
-            )
+            memory = _memory(tf.shape(vector), vector.dtype)
+            mean = tf.numpy_function(work, [vector, healthy, memory], vector.dtype)
             return tf.ensure_shape(mean, vector.shape)
 
-    def _mean(self, vector, healthy, memory):
-        if self._group.is_alone:
-            return vector
-
-        def reduce(shares, own):
-            count = healthy[list(self._group.present)].sum()
-            scale = healthy.shape[1] / count if count else 1
-            _scaled_sum_of_arrays(shares, scale, own)
-
-        return self._group.transaction(
-            lambda: self._group.all_reduce(vector, memory, reduce)
-        )
-
-    def mean_of_both(self, vectors, others, healthy):
-        """Returns the means of two lists of vectors, which travel as one."""
+    def mean_of_both(self, vectors, others, healthy, lead=None):
+        """Returns the `mean` of each of two lists of vectors, which travel as one."""
         if not others[0].shape[0]:
-            return self.mean(vectors, healthy), others
+            return self.mean(vectors, healthy, lead), others
         both = [tf.concat(pair, axis=0) for pair in zip(vectors, others)]
-        means = self.mean(both, healthy)
+        means = self.mean(both, healthy, lead)
         size = vectors[0].shape[0]
         return [mean[:size] for mean in means], [mean[size:] for mean in means]
 

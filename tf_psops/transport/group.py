@@ -357,6 +357,13 @@ class Group:
                 order, and of the array to write the result to, which may be the first
                 or the second of them.
         """
+        return self.all_gather(self.reduce_scatter(vector, memory, reduce))
+
+    def reduce_scatter(self, vector, memory, reduce):
+        """Returns `memory` with this worker's share in its place, see `all_reduce`.
+
+        The rest of it holds anything.
+        """
         shares = self._shares(len(vector), self.present)
         mine = shares[self.index]
         # What comes in goes to where results will be: the first one's to this worker's,
@@ -369,8 +376,16 @@ class Group:
         self._exchange(Kind.SCATTER, {w: vector[shares[w]] for w in got}, got)
         got[self.index] = vector[mine]
         reduce([got[worker] for worker in shares], memory[mine])
-        self._spread(memory, shares, self._others)
         return memory
+
+    def all_gather(self, vector):
+        """Returns a vector, a flat NumPy array, with each member's share of it."""
+        self._spread(vector, self._shares(len(vector), self.present), self._others)
+        return vector
+
+    def share(self, size):
+        """Returns the slice of a vector that is this worker's share."""
+        return self._shares(size, self.members)[self.index]
 
     def broadcast(self, vector, root, memory):
         """Returns the vector of the worker `root`, a NumPy array.
