@@ -125,6 +125,20 @@ class CollectivesTest(parameterized.TestCase):
         with self.assertRaisesRegex(RuntimeError, "waited for timeout"):
             groups[1].gather(np.zeros(3))
 
+    def test_a_swarm_of_other_settings_may_come_after_one_that_is_over(self):
+        """Whoever makes its strategy first calls one that has not yet."""
+        cluster = Cluster(2)
+        before = cluster.start_all()
+        before[1].end("one failed")
+        with self.assertRaises(RuntimeError):
+            before[0].gather(_vector(0, 3))
+        with futures.ThreadPoolExecutor(2) as pool:
+            first = pool.submit(cluster.start, 0, devices=2)
+            time.sleep(1)
+            second = pool.submit(cluster.start, 1, devices=2)
+            for group in (first.result(_SECONDS), second.result(_SECONDS)):
+                self.assertEqual(group.members, (0, 1))
+
     def test_a_worker_that_leaves_says_why(self):
         groups = Cluster(3).start_all()
         groups[1].end("a reason of its own")

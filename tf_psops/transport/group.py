@@ -226,6 +226,8 @@ class Group:
         if self.num_workers == 1 or self._error:
             return
         self._error = RuntimeError(text)
+        # A worker whose next swarm has other settings calls here for this one's.
+        self._rendezvous.close()
         self._membership.leave(text)
         for link in self._membership.links.values():
             link.hang_up()
