@@ -29,9 +29,10 @@ def beat() -> None:
     ```
     """
     global _next_time
-    path = os.environ.get("TF_PSOPS_HEARTBEAT")
     now = time.monotonic()
-    if path and now >= _next_time:
-        _next_time = now + _SECONDS_BETWEEN
+    if now < _next_time:
+        return
+    _next_time = now + _SECONDS_BETWEEN
+    if path := os.environ.get("TF_PSOPS_HEARTBEAT"):
         with contextlib.suppress(OSError):
             pathlib.Path(path).touch()

@@ -53,6 +53,9 @@ and 2.21.0 with Keras 3.15; `python -m tests.compatibility` runs the suite on bo
   * What a model consists of: its variables, optimizers and metrics, wherever they hang.
     `auto_control_deps_utils.get_read_write_resource_inputs` alone tells which variables
     a traced function writes, through all functions that it calls.
+
+  * Calls of traced functions. `ConcreteFunction._call_flat` is what the public call
+    does, without a check of each argument that takes longer than all the rest.
 """
 
 import collections
@@ -1436,3 +1439,13 @@ def moving_averages(optimizer):
         for weight, average in zip(optimizer._trainable_variables, averages)
         if average is not None
     ]
+
+
+def call_traced(traced, tensors):
+    """Returns what a `ConcreteFunction` does.
+
+    Args:
+        traced: The `ConcreteFunction`.
+        tensors: A list of tensors like those that it was traced with.
+    """
+    return traced._call_flat(tensors, traced.captured_inputs)

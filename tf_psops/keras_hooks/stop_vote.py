@@ -38,8 +38,10 @@ class StopVote:
         self._decided = self._model.stop_training = stop
 
     def _end_batch(self, batch, logs=None):
-        self._wanted = self.wanted
-        self._model.stop_training = self._decided
+        stops = self._model.stop_training
+        self._wanted = self._wanted or stops
+        if stops != self._decided:  # Keras takes long to set an attribute.
+            self._model.stop_training = self._decided
 
     def _end_epoch(self, epoch, logs=None):
         self._record(epoch, logs)

@@ -29,11 +29,14 @@ def have_diverged(fitness, distances):
     with a loss above theirs: a particle that diverges, before it is NaN.
     """
     finite = np.isfinite(fitness)
-    middle = np.percentile(distances[finite], 50, method="lower")
-    loss = np.percentile(fitness[finite], 50, method="lower")
+    middle, loss = _lower_median(distances[finite]), _lower_median(fitness[finite])
     with np.errstate(invalid="ignore"):
         far = (distances > _FAR * middle) & (fitness > loss) & (middle > 0)
     return ~finite | far
+
+
+def _lower_median(values):
+    return np.sort(values)[(len(values) - 1) // 2]
 
 
 def distance(one, other):

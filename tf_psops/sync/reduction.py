@@ -4,7 +4,7 @@ import operator
 
 import tensorflow as tf
 
-from tf_psops import _xla
+from tf_psops import _traced, _xla
 
 _PIECE = 1 << 15  # Elements, so that a piece stays in the cache.
 
@@ -60,7 +60,7 @@ class Reduction:
             share = [min(end, size) for end in share]
         return self._travel(offers, others, news, root, is_news, share)
 
-    @tf.function(autograph=False)
+    @_traced.once
     def _travel(self, offers, others, news, root, is_news, share):
         mean = self._collectives.mean
         healthy = tf.math.is_finite(news.fitness)

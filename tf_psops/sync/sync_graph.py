@@ -6,7 +6,7 @@ import math
 
 import tensorflow as tf
 
-from tf_psops import _zeros
+from tf_psops import _traced, _zeros
 from tf_psops.sync import divergence
 
 
@@ -31,7 +31,7 @@ class SyncGraph:
         self._loss_tracker = loss_tracker
         self._delayed = delayed
 
-    @tf.function(autograph=False)
+    @_traced.once
     def report(self, told):
         """Returns a row of each local particle, and what they bring.
 
@@ -89,7 +89,7 @@ class SyncGraph:
         *reports, own = zip(*particles.each(report))
         return *reports, particles.share(own)
 
-    @tf.function(autograph=False)
+    @_traced.once
     def settle(self, news_of_all, positions, states, own, vectors, averaged, factors):
         """Moves the local particles by what travelled.
 

@@ -383,8 +383,10 @@ class Membership:
         """Moves bytes until `is_over`, and returns whether it is in time."""
         with selectors.DefaultSelector() as selector:
             links = [link for link in self.links.values() if link.is_open]
-            for link in links:  # One may be held, or hold what TLS has decrypted.
+            for link in links:
+                # One may be held, or hold what TLS has decrypted, or why it has left.
                 self._read(link, place, arrived)
+                link.send()
             watched = {}
             while not is_over():
                 for link in links:
