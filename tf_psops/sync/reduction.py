@@ -7,6 +7,8 @@ import tensorflow as tf
 from tf_psops import _traced, _xla
 
 _PIECE = 1 << 15  # Elements, so that a piece stays in the cache.
+# A shorter vector is moved in less time than a meeting on the way takes.
+_LEAST_TO_SHARE = 1 << 20
 
 
 class Reduction:
@@ -28,7 +30,10 @@ class Reduction:
         self._payload = payload
         self._is_exact = payload == particles.dtype
         self._leads_shares = (
-            rule.is_shared and self._is_exact and collectives.leads_shares
+            rule.is_shared
+            and self._is_exact
+            and collectives.leads_shares
+            and particles.weights.size >= _LEAST_TO_SHARE
         )
         self._shorten = _xla.compiled(
             lambda vector, last: tf.saturate_cast(vector - last, payload)
