@@ -16,7 +16,7 @@ from tf_psops.sync import reduction
 _STEPS = 24
 
 
-class _Left(Exception):
+class _LeftError(Exception):
     pass
 
 
@@ -25,7 +25,7 @@ class _Leave(keras.callbacks.Callback):
 
     def on_train_batch_end(self, batch, logs=None):
         if batch == _STEPS // 2:
-            raise _Left
+            raise _LeftError
 
 
 def _fit(strategy, least, average, **kwargs):
@@ -73,7 +73,7 @@ def _fit_both(devices, delay, average, min_workers=None):
     names = [f"CPU:{i}" for i in range(devices)]
     strategy = tf_psops.SwarmStrategy(names, min_workers=min_workers)
     if min_workers:
-        with contextlib.suppress(_Left):
+        with contextlib.suppress(_LeftError):
             return _fit(strategy, 0, average, delay=delay)
         return None
     return [_fit(strategy, least, average, delay=delay) for least in (1 << 20, 0)]
