@@ -28,7 +28,7 @@ class SwarmStrategy(tf.distribute.Strategy):
     random layers (dropout, augmentation) differ from replica to replica. Between two
     synchronisations by `tf_psops.PSOSync` no collective runs, except where Keras itself
     asks for a number of the whole swarm: the metrics at the end of an epoch and of an
-    evaluation.
+    evaluation, and a loss in an evaluation that is no plain mean over the rows.
 
     Every worker must be given all the data, in the form of any input of Keras, and
     takes its share of the rows of each batch: arrays, `tf.data` (which is sharded by

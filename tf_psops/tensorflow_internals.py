@@ -443,6 +443,31 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
             return self._reduce_as_one(value, mean)
         return tf.distribute.get_replica_context().merge_call(reduce, args=(value,))
 
+    def sum_over_replicas(self, value, over_workers):
+        """Returns the sum of a scalar over all replicas of the swarm.
+
+        Without `merge_call`, so that replicas may ask inside of functions, too.
+
+        Args:
+            value: What this replica has.
+            over_workers: A function that makes of this worker's sum that of all
+                workers, for one replica of each to call.
+        """
+        value = self._sum_here(value)
+        if self._num_workers == 1:
+            return value
+        replica = tf.distribute.get_replica_context()
+        place = tf.get_static_value(replica.replica_id_in_sync_group)
+        is_first = place % len(self.worker_devices) == 0
+        return self._sum_here(over_workers(value) if is_first else value * 0)
+
+    def _sum_here(self, value):
+        """Returns the sum over the local replicas."""
+        if len(self.worker_devices) == 1:
+            return value
+        with _keys_of_traces():
+            return super()._replica_ctx_all_reduce(tf.distribute.ReduceOp.SUM, value)
+
     def _reduce_as_one(self, values, mean):
         """Sums tensors over the workers, all of one type in one vector."""
         collectives = self._container_strategy().collectives
@@ -717,12 +742,64 @@ def _of_all_workers(result_or_logs):
 
     @functools.wraps(result_or_logs)
     def get(self, logs):
+        if _evaluates.get():
+            rows_of_replicas.end_evaluation(self.distribute_strategy)
         result = result_or_logs(self, logs)
         if result is logs and _extended_of(self.distribute_strategy):
             return self.distribute_strategy.mean_of_logs(logs)
         return result
 
     return get
+
+
+def _evaluating(evaluate):
+    """Notes that the steps of a swarm are those of an evaluation."""
+
+    @functools.wraps(evaluate)
+    def evaluate_by_all(self, *args, **kwargs):
+        token = _evaluates.set(bool(_extended_of(self.distribute_strategy)))
+        try:
+            return evaluate(self, *args, **kwargs)
+        finally:
+            _evaluates.reset(token)
+
+    return evaluate_by_all
+
+
+_evaluates = contextvars.ContextVar("evaluates", default=False)
+
+
+def _testing_whole_batches(make_test_function):
+    """Makes all replicas evaluate a batch as one, but not what each has all rows of.
+
+    Both have traces of their own. XLA cannot compile what asks other workers.
+    """
+
+    @functools.wraps(make_test_function)
+    def make(self, force=False):
+        extended = _extended_of(self.distribute_strategy)
+        if not extended or (self.test_function is not None and not force):
+            return make_test_function(self, force)
+        make_test_function(self, True)
+        of_each = self.test_function
+        jit_compile = self.jit_compile
+        if extended.num_workers > 1:
+            self.jit_compile = False
+        make_test_function(self, True)
+        self.jit_compile = jit_compile
+        of_all = self.test_function
+
+        def test(iterator):
+            split = tf.data.Iterator, tf.distribute.DistributedIterator
+            if not isinstance(iterator, split):
+                return of_each(iterator)
+            with rows_of_replicas.evaluating():
+                return of_all(iterator)
+
+        self.test_function = test
+        return None
+
+    return make
 
 
 def _set_jit_compile(self, value):
@@ -746,6 +823,8 @@ _Trainer = tensorflow_trainer.TensorFlowTrainer
 _Trainer._get_metrics_result_or_logs = _of_all_workers(
     _Trainer._get_metrics_result_or_logs
 )
+_Trainer.evaluate = _evaluating(_Trainer.evaluate)
+_Trainer.make_test_function = _testing_whole_batches(_Trainer.make_test_function)
 _jit_compile = _Trainer.jit_compile
 _Trainer.jit_compile = _jit_compile.setter(_set_jit_compile)
 _Trainer.predict_on_batch = _predict_split_batch(_Trainer.predict_on_batch)
@@ -890,13 +969,14 @@ def _replicas_per_particle():
     return extended.replicas_per_particle if extended else 1
 
 
-def _rows_to_train_on():
-    """Returns the rows of a replica that shares gradients, if it may ask all others.
+def _rows_of_all():
+    """Returns the rows of a replica that takes a batch with others, if it may ask them.
 
-    All workers take the same steps in training, but not in an evaluation.
+    All take the same steps in training and in an evaluation, but not in what a user
+    calls beside.
     """
     rows = rows_of_replicas.current()
-    known = rows and (rows.knows_total() or record.could_possibly_record())
+    known = rows and (rows.may_ask() or record.could_possibly_record())
     return rows if known and rows.replicas > 1 else None
 
 
@@ -916,10 +996,9 @@ def _of_all_rows(reduce_values):
             rows.has_keras_loss = True
         if tuple(values.shape) == (0,) and reduction not in (None, "none"):
             loss = keras.ops.sum(values)  # Keras would return no scalar.
-        replicas = _replicas_per_particle()
-        if replicas == 1 or not values.shape.rank:
+        replicas, rows = _replicas_per_particle(), _rows_of_all()
+        if (replicas == 1 and not rows) or not values.shape.rank:
             return loss
-        rows = _rows_to_train_on()
         if reduction == "sum":
             factor = rows.weight_of_sum() if rows else replicas
             return tf.multiply(loss, tf.cast(factor, loss.dtype), name=_OF_ALL_ROWS)
@@ -927,7 +1006,7 @@ def _of_all_rows(reduce_values):
         if weighted and rows:
             own = keras.ops.sum(keras.ops.cast(sample_weight, "float32"))
             share = tf.math.divide_no_nan(own, rows.sum(own))
-            factor = tf.cast(share * rows.weight_of_sum(), loss.dtype)
+            factor = tf.cast(share * rows.times_own(), loss.dtype)
             return tf.multiply(loss, factor, name=_OF_ALL_ROWS)
         return loss
 
@@ -941,13 +1020,13 @@ def _with_masks_of_all_rows(apply_mask):
     def apply(sample_weight, mask, dtype, reduction):
         weight = apply_mask(sample_weight, mask, dtype, reduction)
         means = mask is not None and reduction in ("mean", "sum_over_batch_size")
-        rows = _rows_to_train_on() if means else None
+        rows = _rows_of_all() if means else None
         if not rows:
             return weight
         valid = keras.ops.sum(keras.ops.cast(mask, "float32"))
         # Keras counts what is valid among the entries of this replica.
         share = tf.math.divide_no_nan(valid, rows.sum(valid))
-        return weight * tf.cast(share * rows.weight_of_sum(), weight.dtype)
+        return weight * tf.cast(share * rows.times_own(), weight.dtype)
 
     return apply
 
@@ -963,7 +1042,7 @@ def _with_gradients_of_sums(call):
         more = _replicas_per_particle() - 1
         if not more or not loss.shape.rank or is_found:
             return loss
-        if rows := _rows_to_train_on():
+        if rows := _rows_of_all():
             more = tf.cast(rows.weight_of_sum() - 1, loss.dtype)
         return loss + more * (loss - tf.stop_gradient(loss))
 
@@ -1106,9 +1185,9 @@ def _whole(value, rows):
     """
     if rows.replicas == 1:
         return value
-    weight = rows.weight_of_sum() if _rows_to_train_on() else rows.replicas
     for part in _parts(value, rows):
         if part.kind is sums_of_rows.Kind.SUM:
+            weight = rows.weight_of_sum() if _rows_of_all() else rows.replicas
             more = tf.cast(weight - 1, value.dtype) * part.factor()
             value += more * tf.reduce_sum(part.tensor)
     return value
@@ -1120,12 +1199,14 @@ def _by_rows(update_state):
     @functools.wraps(update_state)
     def update(self, values, sample_weight=None):
         rows = rows_of_replicas.current()
-        if rows and not tf.convert_to_tensor(values).shape.rank:
-            weight = rows.weight_of_metric()
+        if rows and not keras.ops.ndim(values):
             values = _whole(tf.convert_to_tensor(values), rows)
-            values = tf.where(weight > 0, values, tf.zeros_like(values))
             if sample_weight is None:
-                sample_weight = weight
+                sample_weight = rows.weight_of_metric()
+        elif rows and sample_weight is not None and not keras.ops.ndim(sample_weight):
+            values = keras.ops.mean(values)  # As Keras does it.
+        if rows and not keras.ops.ndim(values):
+            values = tf.where(rows.has_any(), values, tf.zeros_like(values))
         return update_state(self, values, sample_weight=sample_weight)
 
     return update

@@ -3,6 +3,10 @@
 The gradients of replicas that train as one particle are averaged. What one has of a
 mean counts by its rows, so that a batch that does not go up trains as in one piece, and
 a replica without rows has no say. Nor has a particle of one replica without rows.
+
+In an evaluation all replicas of the swarm have equal weights, and a mean is that of all
+their rows. Workers may have more batches than others: those who have no more take part
+in what the others ask, without rows, until nobody asks.
 """
 
 import contextlib
@@ -13,6 +17,8 @@ import tensorflow as tf
 _current: contextvars.ContextVar["RowsOfReplicas | None"] = contextvars.ContextVar(
     "current", default=None
 )
+# Whether all replicas of the swarm evaluate one batch.
+_evaluates = contextvars.ContextVar("evaluates", default=False)
 
 
 def current():
@@ -20,6 +26,31 @@ def current():
     replica = tf.distribute.get_replica_context()
     rows = _current.get()
     return rows if rows and replica and replica.strategy is rows.strategy else None
+
+
+@contextlib.contextmanager
+def evaluating():
+    """Lets all replicas of a swarm evaluate each batch as one, in a `with` block."""
+    token = _evaluates.set(True)
+    try:
+        yield
+    finally:
+        _evaluates.reset(token)
+
+
+def end_evaluation(strategy):
+    """Takes part in what others ask in an evaluation, who have more batches."""
+    if strategy.peers is not None:
+        with strategy.barrier("the end of an evaluation"):
+            while sum_over_workers(strategy, 0.0, goes_on=False)[1] > 0:
+                pass
+
+
+def sum_over_workers(strategy, value, goes_on=True):
+    """Returns the sum of a scalar over the workers, and how many of them evaluate."""
+    mine = tf.stack([[value, float(goes_on)]])
+    told = strategy.collectives.concat(mine, axis=0)
+    return tf.unstack(tf.reduce_sum(tf.ensure_shape(told, [None, 2]), axis=0))
 
 
 def knowing_rows(strategy, function, arguments, report):
@@ -48,12 +79,16 @@ def knowing_rows(strategy, function, arguments, report):
     may_lack = strategy.num_replicas_in_sync > 1 and any(
         not copy.shape[0] for copy in copies
     )
-    if extended.replicas_per_particle == 1 and not may_lack:
+    replicas, evaluates = extended.replicas_per_particle, _evaluates.get()
+    particles = strategy.num_replicas_in_sync // replicas if evaluates else 1
+    if replicas == particles == 1 and not may_lack:
         return function, local
 
     def known(*args, **kwargs):
         own = next(filter(_has_rows, tf.nest.flatten((args, kwargs))))
-        rows = RowsOfReplicas(strategy, own, local)
+        rows = RowsOfReplicas(
+            strategy, own, local, replicas * particles, particles, evaluates
+        )
         token = _current.set(rows)
         try:
             return report(function(*args, **kwargs), rows)
@@ -64,23 +99,27 @@ def knowing_rows(strategy, function, arguments, report):
 
 
 class RowsOfReplicas:
-    """What a replica knows of the rows of its particle.
+    """What a replica knows of the rows of its particle, or of an evaluation.
 
     Attributes:
         strategy: The `SwarmStrategy`.
-        replicas: How many replicas the particle has, of all workers.
+        replicas: How many replicas, of all workers, take the batch together: those of a
+            particle; of the swarm in an evaluation.
+        evaluates: Whether this is an evaluation.
         num_rows: Rows of this replica, an int where the graph knows them, or `None`.
         has_keras_loss: Whether the step has come to a loss of Keras.
         adds_loss: Whether a layer has added a loss of the user's own.
     """
 
-    def __init__(self, strategy, batch, local):
+    def __init__(self, strategy, batch, local, replicas, particles, evaluates):
         self.strategy = strategy
-        self.replicas = strategy.extended.replicas_per_particle
+        self.replicas = replicas
+        self.evaluates = evaluates
         self.num_rows = batch.shape[0]
         self.has_keras_loss = self.adds_loss = False
         self._own = _count(batch)
         self._local = local
+        self._particles = particles
         self._graph = None if tf.executing_eagerly() else self._own.graph
         self._total = self._own if self.replicas == 1 else None
         if 1 < self.replicas <= len(strategy.extended.worker_devices):
@@ -90,18 +129,23 @@ class RowsOfReplicas:
         """Returns the rows of all replicas of the particle; all of them must ask."""
         if self._total is None:
             # Where all that follows in this step can reach it. Not where replicas wait
-            # for each other in Python: TensorFlow has to see that one is inside of a
-            # function, whose lock another one would wait for.
-            waits = len(self.strategy.extended.worker_devices) > 1
-            inside = self._graph and not waits
+            # for each other in Python, as in training: TensorFlow has to see that one
+            # is inside of a function, whose lock another one would wait for.
+            devices = len(self.strategy.extended.worker_devices)
+            inside = self._graph and (self.evaluates or devices == 1)
             with self._graph.as_default() if inside else contextlib.nullcontext():
                 self._total = self.sum(self._own)
         return self._total
 
     def sum(self, value):
         """Returns the sum of a scalar over the replicas; all of them must ask."""
-        replica = tf.distribute.get_replica_context()
-        return replica.all_reduce(tf.distribute.ReduceOp.SUM, tf.cast(value, "float32"))
+        value = tf.cast(value, "float32")
+        if not self.evaluates:
+            replica = tf.distribute.get_replica_context()
+            return replica.all_reduce(tf.distribute.ReduceOp.SUM, value)
+        return self.strategy.extended.sum_over_replicas(
+            value, lambda local: sum_over_workers(self.strategy, local)[0]
+        )
 
     def weight(self):
         """Returns what a mean over this replica's rows counts, 1 on average."""
@@ -109,22 +153,33 @@ class RowsOfReplicas:
 
     def weight_of_metric(self):
         """Returns `weight`, or whether there are rows where nobody has asked for it."""
-        if self._total is None:
+        if self._total is None and not self.evaluates:
             return tf.cast(self._own > 0, "float32")
         return self.weight()
+
+    def has_any(self):
+        """Tells whether this replica has rows."""
+        return self._own > 0
 
     def weight_of_report(self):
         """Returns what a mean counts among this worker's replicas, 1 on average."""
         devices = len(self.strategy.extended.worker_devices)
         return tf.math.divide_no_nan(self._own * devices, self._local)
 
-    def weight_of_sum(self):
-        """Returns what a sum over this replica's rows is to be multiplied by."""
+    def times_own(self):
+        """Returns how many times the rows of this replica those of all replicas are."""
         return tf.math.divide_no_nan(self.total(), self._own)
 
-    def knows_total(self):
-        """Tells whether `total` asks no other worker."""
-        return self._total is not None
+    def weight_of_sum(self):
+        """Returns what a sum over this replica's rows is to be multiplied by.
+
+        In an evaluation, too, the sum of a particle is that of its rows.
+        """
+        return self.times_own() / self._particles
+
+    def may_ask(self):
+        """Tells whether `total` asks no other worker, or all of them ask."""
+        return self._total is not None or self.evaluates
 
 
 def _has_rows(value):
