@@ -38,7 +38,7 @@ class Own(keras.Model):
         return [self.mean]
 
     def train_step(self, data):
-        x, y = data
+        x, y, *_ = data
         with tf.GradientTape() as tape:
             loss = self.reduce(
                 losses.sparse_categorical_crossentropy(y, self(x), from_logits=True)
@@ -49,7 +49,7 @@ class Own(keras.Model):
         return {"loss": self.mean.result()}
 
     def test_step(self, data):
-        x, y = data
+        x, y, *_ = data
         loss = losses.sparse_categorical_crossentropy(y, self(x), from_logits=True)
         self.mean.update_state(ops.mean(self.reduce(loss)))
         return {"loss": self.mean.result()}
@@ -215,6 +215,28 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         with self.assertNoLogs("absl", "WARNING"):
             found = _fit(strategy, case)
         self._assert_as(found, expected, history)
+
+    @parameterized.parameters("sum_compiled", "mask", "own_sum", "added_sum")
+    def test_all_rows_on_each_device(self, name):
+        """As `train_on_batch` hands them over."""
+        case = _CASES[name]
+        x = np.random.default_rng(1).normal(size=(4, 4)).astype("float32")
+        y = x.argmax(-1) % 3
+        if case.get("masked"):
+            x[x < -0.5] = 0
+            y = np.tile(y[:, None], [1, 4])
+        found = []
+        for kwargs in {}, {"particle": "worker"}:
+            keras.utils.set_random_seed(1)
+            with tf_psops.SwarmStrategy.in_process(1 + len(kwargs), **kwargs).scope():
+                model = case.get("model", swarms.dense)()
+                loss = losses.SparseCategoricalCrossentropy(from_logits=True)
+                loss = case["loss"]() if "loss" in case else loss
+                model.compile(optimizers.SGD(0.1), loss)
+            scores = model.test_on_batch(x, y), model.train_on_batch(x, y)
+            found.append([*scores, *model.get_weights()])
+        for value, other in zip(*found, strict=True):
+            self.assertAllClose(value, other, rtol=1e-5)
 
     @parameterized.named_parameters(
         ("root", ops.sqrt, "Sqrt"), ("function", tf.function(ops.log), "Log")

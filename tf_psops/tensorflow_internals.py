@@ -996,11 +996,12 @@ def _of_all_rows(reduce_values):
             rows.has_keras_loss = True
         if tuple(values.shape) == (0,) and reduction not in (None, "none"):
             loss = keras.ops.sum(values)  # Keras would return no scalar.
-        replicas, rows = _replicas_per_particle(), _rows_of_all()
-        if (replicas == 1 and not rows) or not values.shape.rank:
+        rows, current = _rows_of_all(), rows_of_replicas.current()
+        shares = current.shares if current else _replicas_per_particle()
+        if (shares == 1 and not rows) or not values.shape.rank:
             return loss
         if reduction == "sum":
-            factor = rows.weight_of_sum() if rows else replicas
+            factor = rows.weight_of_sum() if rows else shares
             return tf.multiply(loss, tf.cast(factor, loss.dtype), name=_OF_ALL_ROWS)
         weighted = reduction == "mean_with_sample_weight" and sample_weight is not None
         if weighted and rows:
@@ -1039,7 +1040,7 @@ def _with_gradients_of_sums(call):
         loss = call(*args, **kwargs)
         rows = rows_of_replicas.current()
         is_found = tf.is_symbolic_tensor(loss) and rows  # By the tape.
-        more = _replicas_per_particle() - 1
+        more = (rows.shares if rows else _replicas_per_particle()) - 1
         if not more or not loss.shape.rank or is_found:
             return loss
         if rows := _rows_of_all():
@@ -1074,7 +1075,7 @@ def _with_gradients_of_all_rows(gradient):
         for part in _parts(target, rows):
             _check_part(part, sources)
             if part.kind is sums_of_rows.Kind.SUM:
-                more = tf.cast(rows.replicas - rows.weight(), part.tensor.dtype)
+                more = tf.cast(rows.shares - rows.weight(), part.tensor.dtype)
                 targets.append(part.tensor)
                 weights.append(more * part.factor())
         output_gradients = [
@@ -1187,7 +1188,7 @@ def _whole(value, rows):
         return value
     for part in _parts(value, rows):
         if part.kind is sums_of_rows.Kind.SUM:
-            weight = rows.weight_of_sum() if _rows_of_all() else rows.replicas
+            weight = rows.weight_of_sum() if _rows_of_all() else rows.shares
             more = tf.cast(weight - 1, value.dtype) * part.factor()
             value += more * tf.reduce_sum(part.tensor)
     return value

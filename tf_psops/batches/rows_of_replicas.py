@@ -73,8 +73,8 @@ def knowing_rows(strategy, function, arguments, report):
             break
     else:
         return function, None
-    # One that is not split is each replica's.
-    times = 1 if len(copies) > 1 else len(extended.worker_devices)
+    # One that is not split, as in `train_on_batch`, is each replica's.
+    times = len(extended.worker_devices) // len(copies)
     local = times * tf.add_n([_count(copy) for copy in copies])
     may_lack = strategy.num_replicas_in_sync > 1 and any(
         not copy.shape[0] for copy in copies
@@ -87,7 +87,7 @@ def knowing_rows(strategy, function, arguments, report):
     def known(*args, **kwargs):
         own = next(filter(_has_rows, tf.nest.flatten((args, kwargs))))
         rows = RowsOfReplicas(
-            strategy, own, local, replicas * particles, particles, evaluates
+            strategy, own, local, times, replicas * particles, particles, evaluates
         )
         token = _current.set(rows)
         try:
@@ -105,15 +105,17 @@ class RowsOfReplicas:
         strategy: The `SwarmStrategy`.
         replicas: How many replicas, of all workers, take the batch together: those of a
             particle; of the swarm in an evaluation.
+        shares: Into how many shares the batch is split for them.
         evaluates: Whether this is an evaluation.
         num_rows: Rows of this replica, an int where the graph knows them, or `None`.
         has_keras_loss: Whether the step has come to a loss of Keras.
         adds_loss: Whether a layer has added a loss of the user's own.
     """
 
-    def __init__(self, strategy, batch, local, replicas, particles, evaluates):
+    def __init__(self, strategy, batch, local, times, replicas, particles, evaluates):
         self.strategy = strategy
-        self.replicas = replicas
+        self._times = min(times, replicas)  # As a replica of its own has all anyway.
+        self.replicas, self.shares = replicas, replicas // self._times
         self.evaluates = evaluates
         self.num_rows = batch.shape[0]
         self.has_keras_loss = self.adds_loss = False
@@ -123,7 +125,7 @@ class RowsOfReplicas:
         self._graph = None if tf.executing_eagerly() else self._own.graph
         self._total = self._own if self.replicas == 1 else None
         if 1 < self.replicas <= len(strategy.extended.worker_devices):
-            self._total = local
+            self._total = local / self._times
 
     def total(self):
         """Returns the rows of all replicas of the particle; all of them must ask."""
@@ -138,8 +140,8 @@ class RowsOfReplicas:
         return self._total
 
     def sum(self, value):
-        """Returns the sum of a scalar over the replicas; all of them must ask."""
-        value = tf.cast(value, "float32")
+        """Returns the sum of a scalar over the shares; all replicas must ask."""
+        value = tf.cast(value, "float32") / self._times
         if not self.evaluates:
             replica = tf.distribute.get_replica_context()
             return replica.all_reduce(tf.distribute.ReduceOp.SUM, value)
@@ -149,7 +151,7 @@ class RowsOfReplicas:
 
     def weight(self):
         """Returns what a mean over this replica's rows counts, 1 on average."""
-        return tf.math.divide_no_nan(self._own * self.replicas, self.total())
+        return tf.math.divide_no_nan(self._own * self.shares, self.total())
 
     def weight_of_metric(self):
         """Returns `weight`, or whether there are rows where nobody has asked for it."""
