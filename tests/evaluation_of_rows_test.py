@@ -108,6 +108,12 @@ _CASES = {
     "metric_of_a_batch": {"rows": 11, "compile": {"metrics": [_of_a_batch]}},
     "sum": {"rows": 11, "sums": True, "loss": lambda: _loss(reduction="sum")},
     "own_sum": {"rows": 9, "sums": True, "model": lambda: Own(ops.sum)},
+    "own_sum_eager": {
+        "rows": 9,
+        "sums": True,
+        "model": lambda: Own(ops.sum),
+        "compile": {"run_eagerly": True},
+    },
     "own_sum_returned": {
         "rows": 9,
         "sums": True,
@@ -196,7 +202,7 @@ class EvaluationOfRowsTest(tf.test.TestCase, parameterized.TestCase):
         self._check_workers(1, names, {})
 
     def test_two_workers_that_share_gradients(self):
-        names = ("mask", "weights", "own_mean", "own_sum", "own_sum_in_a_function")
+        names = ("mask", "weights", "own_mean", "own_sum", "own_sum_eager")
         self._check_workers(2, names, {"share_gradients": True})
 
     @parameterized.named_parameters(

@@ -117,6 +117,30 @@ _CASES = {
         "model": _sequential(lambda: layers.Dense(4, kernel_regularizer="l2")),
     },
     "eager": {"rows": 9, "compile": {"run_eagerly": True}},
+    "eager_own_mean": {
+        "rows": 9,
+        "model": lambda: Own(ops.mean),
+        "compile": {"run_eagerly": True},
+    },
+    "eager_own_sum": {
+        "rows": 11,
+        "model": lambda: Own(lambda loss: -0.5 * ops.sum(-loss)),
+        "compile": {"run_eagerly": True},
+    },
+    "eager_added_mean": {
+        "rows": 11,
+        "model": lambda: swarms.dense(AddsMean()),
+        "compile": {"run_eagerly": True},
+    },
+    "eager_compiled_function": {
+        "rows": 11,
+        "loss": lambda: (
+            lambda y, predicted: ops.sum(
+                losses.sparse_categorical_crossentropy(y, predicted, True)
+            )
+        ),
+        "compile": {"run_eagerly": True},
+    },
     "convolution": {
         "rows": 9,
         "model": _sequential(
@@ -249,14 +273,17 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         (text,) = logs.output
         self.assertIn(f"({op}), of which each device", text)
 
-    @parameterized.named_parameters(("own", _of(ops.sum)), ("added", _sequential(Adds)))
-    def test_warns_once_of_own_losses_that_run_eagerly(self, model):
+    @parameterized.named_parameters(
+        ("added", _sequential(Adds)),
+        ("mixed", lambda: Own(lambda loss: ops.sum(loss) + ops.mean(loss))),
+        ("of_numpy", lambda: Own(lambda loss: ops.mean(loss) * float(loss[0]))),
+        ("reported", lambda: Uncertain(ops.sum)),
+    )
+    def test_refuses_own_losses_that_run_eagerly(self, model):
         strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
         case = {"rows": 12, "model": model, "compile": {"run_eagerly": True}}
-        with self.assertLogs("absl", "WARNING") as logs:
+        with self.assertRaisesRegex(ValueError, "run_eagerly=True.*`reduction="):
             _fit(strategy, case)
-        (text,) = logs.output
-        self.assertRegex(text, "take a loss of your own for a mean.*`run_eagerly`")
 
     def test_refuses_a_sum_that_a_function_hides(self):
         @tf.function

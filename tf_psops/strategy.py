@@ -1,6 +1,7 @@
 """The strategy whose replicas are the particles of a swarm."""
 
 import contextlib
+import functools
 import os
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -330,14 +331,18 @@ class SwarmStrategy(tf.distribute.Strategy):
         # Before they are trained: a scope that is still open shares what is made in it
         # only when it ends.
         self.share_new_variables()
-        trained = None
+        trained, step = None, fn
         for model, observer in self._observers.items():
             # It may be of any sort of callable: a method, or a `tf.function`.
             if observer is not None and fn == model.train_step:
                 fn, trained = observer(fn), model
                 break
         fn, rows = rows_of_replicas.knowing_rows(
-            self, fn, (args, kwargs), tensorflow_internals.of_all_rows
+            self,
+            fn,
+            (args, kwargs),
+            tensorflow_internals.of_all_rows,
+            functools.partial(tensorflow_internals.LossesOfStep, step),
         )
         result = super().run(fn, args=args, kwargs=kwargs, options=options)
         if self._rows_of_logs is not None and isinstance(result, dict):

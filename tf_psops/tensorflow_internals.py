@@ -994,6 +994,7 @@ def _of_all_rows(reduce_values):
         loss = reduce_values(values, sample_weight, reduction)
         if rows := rows_of_replicas.current():
             rows.has_keras_loss = True
+            rows.has_own_loss |= not values.shape.rank
         if tuple(values.shape) == (0,) and reduction not in (None, "none"):
             loss = keras.ops.sum(values)  # Keras would return no scalar.
         rows, current = _rows_of_all(), rows_of_replicas.current()
@@ -1070,14 +1071,16 @@ def _with_gradients_of_all_rows(gradient):
             return gradient(self, target, sources, output_gradients, **kwargs)
         targets = tf.nest.flatten(target)
         weights = [tf.cast(rows.weight(), loss.dtype) for loss in targets]
-        if tf.executing_eagerly() and (rows.adds_loss or not rows.has_keras_loss):
-            _warn_once(_EAGER, sources)
-        for part in _parts(target, rows):
-            _check_part(part, sources)
-            if part.kind is sums_of_rows.Kind.SUM:
-                more = tf.cast(rows.shares - rows.weight(), part.tensor.dtype)
-                targets.append(part.tensor)
-                weights.append(more * part.factor())
+        for place, loss in enumerate(list(targets)):
+            parts = _parts(loss, rows)
+            if rows.losses and rows.losses.is_sum("gradient", None, loss, parts):
+                weights[place] = tf.cast(rows.shares, loss.dtype)
+            for part in parts:
+                _check_part(part, sources)
+                if part.kind is sums_of_rows.Kind.SUM:
+                    more = tf.cast(rows.shares - rows.weight(), part.tensor.dtype)
+                    targets.append(part.tensor)
+                    weights.append(more * part.factor())
         output_gradients = [
             weight * tf.ones_like(loss) for weight, loss in zip(weights, targets)
         ]
@@ -1086,14 +1089,11 @@ def _with_gradients_of_all_rows(gradient):
     return compute
 
 
-def _parts(losses, rows):
-    """Returns what `sums_of_rows` finds in those losses that have a graph."""
-    return [
-        part
-        for loss in tf.nest.flatten(losses)
-        if tf.is_symbolic_tensor(loss)
-        for part in sums_of_rows.find(loss, rows.num_rows, _is_whole, inside)
-    ]
+def _parts(loss, rows):
+    """Returns what `sums_of_rows` finds in a loss; nothing where it has no graph."""
+    if not tf.is_symbolic_tensor(loss):
+        return []
+    return sums_of_rows.find(loss, rows.num_rows, _is_whole, inside)
 
 
 def _is_whole(tensor):
@@ -1149,12 +1149,6 @@ _OWN_ROWS = (
     "of `tf.distribute.get_replica_context().all_reduce(tf.distribute.ReduceOp.SUM, "
     "sum_over_rows)`."
 )
-_EAGER = (
-    "A step that runs eagerly has no graph, in which devices that share gradients "
-    "could tell a sum over the rows from a mean: they take a loss of your own for a "
-    "mean. If it is none, compile without `run_eagerly`, or take the sum by a compiled "
-    'loss with `reduction="sum"`.'
-)
 # The first weights of those that a loss trains which has had a warning, by their `id`.
 _warned: weakref.WeakValueDictionary[int, object] = weakref.WeakValueDictionary()
 
@@ -1173,25 +1167,166 @@ def _noting_losses(add_loss):
     def add(self, loss):
         rows = rows_of_replicas.current()
         if rows and self.activity_regularizer is None:  # Keras makes its a mean.
-            rows.adds_loss = True
+            rows.has_own_loss = True
         return add_loss(self, loss)
 
     return add
 
 
-def _whole(value, rows):
+def _whole(value, rows, name=None):
     """Returns a scalar in which sums over the rows count for all replicas' rows.
 
     The mean over the replicas by their rows is then that of all rows.
+
+    Args:
+        value: The scalar.
+        rows: The `RowsOfReplicas`.
+        name: That under which a step returns it, if it does.
     """
     if rows.replicas == 1:
         return value
-    for part in _parts(value, rows):
+
+    def weight():
+        return rows.weight_of_sum() if _rows_of_all() else rows.shares
+
+    parts = _parts(value, rows)
+    if rows.losses and rows.losses.is_sum("report", name, value, parts):
+        return value * tf.cast(weight(), value.dtype)
+    for part in parts:
         if part.kind is sums_of_rows.Kind.SUM:
-            weight = rows.weight_of_sum() if _rows_of_all() else rows.shares
-            more = tf.cast(weight - 1, value.dtype) * part.factor()
+            more = tf.cast(weight() - 1, value.dtype) * part.factor()
             value += more * tf.reduce_sum(part.tensor)
     return value
+
+
+class LossesOfStep:
+    """Tells what the losses of a step that runs eagerly make of the rows.
+
+    By the graph that it would have, which is traced when that first matters: all layers
+    are built by then.
+
+    Args:
+        step: The function that `strategy.run` was given.
+        function: The function that a replica runs.
+        arguments: Its positional arguments and those by name.
+        rows: The `RowsOfReplicas`.
+    """
+
+    def __init__(self, step, function, arguments, rows):
+        self._model = getattr(step, "__self__", None)
+        self._step, self._call, self._rows = step, (function, arguments), rows
+        self._met = collections.Counter()
+        is_model = isinstance(self._model, keras.Model)
+        self._is_keras = is_model and all(
+            getattr(type(self._model), name) is getattr(_Trainer, name, None)
+            or getattr(type(self._model), name) is getattr(keras.Model, name)
+            for name in (step.__name__, "compute_loss")
+        )
+
+    def is_sum(self, sort, name, value, parts):
+        """Tells whether a loss that the step comes to is a sum over the rows.
+
+        Args:
+            sort: "gradient" or "report".
+            name: What tells it from others; `None` for its place among them.
+            value: The loss.
+            parts: What `sums_of_rows.find` tells of it, here nothing.
+        """
+        del parts
+        if name is None:
+            name = self._met[sort]
+            self._met[sort] += 1
+        is_keras = self._is_keras and not self._rows.has_own_loss
+        if is_keras or tf.is_symbolic_tensor(value):  # In a function of its own.
+            return False
+        kind = self._kinds().get((sort, name))
+        is_keras = self._rows.has_keras_loss and not self._rows.has_own_loss
+        if kind is sums_of_rows.Kind.MIXED or (kind is None and not is_keras):
+            raise ValueError(_EAGER.format(self._step))
+        return kind is sums_of_rows.Kind.SUM
+
+    def is_state(self, name, known):
+        """Tells whether a scalar that a step returns comes from variables alone."""
+        if self._is_keras:
+            return True  # Of metrics.
+        return self._kinds().get(("state", name), known)
+
+    def _kinds(self):
+        # As a train function keeps its graph.
+        owner = self._step if self._model is None else self._model
+        known = _kinds_of_steps.setdefault(owner, {})
+        name = getattr(self._step, "__name__", None)
+        if name not in known:
+            known[name] = self._trace()
+        return known[name]
+
+    def _trace(self):
+        function, arguments = self._call
+        learner = _Learner()
+        flat = tf.nest.flatten(arguments)
+        places = [place for place, value in enumerate(flat) if tf.is_tensor(value)]
+        size = self._rows.num_rows
+
+        def look(*tensors):
+            values = list(flat)
+            for place, tensor in zip(places, tensors):
+                values[place] = tensor
+            args, kwargs = tf.nest.pack_sequence_as(arguments, values)
+            batch = rows_of_replicas.first_batch((args, kwargs))
+            rows = self._rows.trial(batch, learner)
+            with rows.known():
+                of_all_rows(function(*args, **kwargs), rows)
+
+        def spec(value):
+            spec = tf.type_spec_from_value(value)
+            if isinstance(spec, tf.TensorSpec) and spec.shape[:1] == [size]:
+                spec = tf.TensorSpec([None, *spec.shape[1:]], spec.dtype)
+            return spec
+
+        layers = self._model._flatten_layers() if self._model else ()
+        losses = [(layer._losses, list(layer._losses)) for layer in layers]
+        token = _gradients_reduced.set(True)
+        try:
+            tf.function(look, autograph=False).get_concrete_function(
+                *(spec(flat[place]) for place in places)
+            )
+        except Exception as error:
+            logging.info("A step that runs eagerly has no graph: %s", error)
+        finally:
+            _gradients_reduced.reset(token)
+            for there, before in losses:
+                there[:] = before
+        return learner.kinds
+
+
+class _Learner:
+    """Learns from a graph what the losses of a step are."""
+
+    def __init__(self):
+        self.kinds = {}
+        self._met = collections.Counter()
+
+    def is_sum(self, sort, name, value, parts):
+        if name is None:
+            name = self._met[sort]
+            self._met[sort] += 1
+        is_trained = sort == "gradient"
+        self.kinds[sort, name] = sums_of_rows.kind_of_all(value, parts, is_trained)
+        return False
+
+    def is_state(self, name, known):
+        self.kinds["state", name] = known
+        return known
+
+
+_kinds_of_steps: weakref.WeakKeyDictionary[object, dict] = weakref.WeakKeyDictionary()
+_EAGER = (
+    "Devices that share gradients tell a sum over the rows from a mean by the graph of "
+    "a loss, and a step that runs eagerly has none. Received: run_eagerly=True, and a "
+    "loss of {!r} that is not by itself a mean or a sum, or a step of which no graph "
+    "can be made. Compile without `run_eagerly`, or take the loss by a loss of Keras "
+    '(`reduction="sum"` for a sum).'
+)
 
 
 def _by_rows(update_state):
@@ -1219,10 +1354,15 @@ def of_all_rows(results, rows):
         return results
     results = dict(results)
     for name, value in results.items():
-        is_scalar = isinstance(value, tf.Tensor) and value.shape.rank == 0
-        if is_scalar and value.dtype.is_floating and not sums_of_rows.is_state(value):
+        if not isinstance(value, tf.Tensor) or value.shape.rank:
+            continue
+        is_state = sums_of_rows.is_state(value)
+        if rows.losses:
+            is_state = rows.losses.is_state(name, is_state)
+        if value.dtype.is_floating and not is_state:
             weight = tf.cast(rows.weight_of_report(), value.dtype)
-            results[name] = tf.math.multiply_no_nan(_whole(value, rows), weight)
+            whole = _whole(value, rows, name)
+            results[name] = tf.math.multiply_no_nan(whole, weight)
     return results
 
 

@@ -53,7 +53,7 @@ def sum_over_workers(strategy, value, goes_on=True):
     return tf.unstack(tf.reduce_sum(tf.ensure_shape(told, [None, 2]), axis=0))
 
 
-def knowing_rows(strategy, function, arguments, report):
+def knowing_rows(strategy, function, arguments, report, losses_of=None):
     """Lets a function that a replica runs know of the rows of its batch.
 
     Args:
@@ -61,6 +61,8 @@ def knowing_rows(strategy, function, arguments, report):
         function: The function that `strategy.run` is to run on every replica.
         arguments: A nest of its arguments, the first tensor of which is a batch.
         report: A function of what it returns and the `RowsOfReplicas`.
+        losses_of: A function of a function without graph, its arguments and the
+            `RowsOfReplicas` that returns the `losses` of that.
 
     Returns:
         A function that runs with `current` set, where that matters, and the rows of all
@@ -85,17 +87,21 @@ def knowing_rows(strategy, function, arguments, report):
         return function, local
 
     def known(*args, **kwargs):
-        own = next(filter(_has_rows, tf.nest.flatten((args, kwargs))))
+        own = first_batch((args, kwargs))
         rows = RowsOfReplicas(
             strategy, own, local, times, replicas * particles, particles, evaluates
         )
-        token = _current.set(rows)
-        try:
+        if tf.executing_eagerly() and rows.replicas > 1 and losses_of:
+            rows.losses = losses_of(function, (args, kwargs), rows)
+        with rows.known():
             return report(function(*args, **kwargs), rows)
-        finally:
-            _current.reset(token)
 
     return known, local
+
+
+def first_batch(arguments):
+    """Returns the first tensor with rows of a nest."""
+    return next(filter(_has_rows, tf.nest.flatten(arguments)))
 
 
 class RowsOfReplicas:
@@ -109,7 +115,9 @@ class RowsOfReplicas:
         evaluates: Whether this is an evaluation.
         num_rows: Rows of this replica, an int where the graph knows them, or `None`.
         has_keras_loss: Whether the step has come to a loss of Keras.
-        adds_loss: Whether a layer has added a loss of the user's own.
+        has_own_loss: Whether a layer has added a loss of the user's own, or a compiled
+            one was a scalar.
+        losses: What knows the losses of a step that runs eagerly, or learns them.
     """
 
     def __init__(self, strategy, batch, local, times, replicas, particles, evaluates):
@@ -118,7 +126,8 @@ class RowsOfReplicas:
         self.replicas, self.shares = replicas, replicas // self._times
         self.evaluates = evaluates
         self.num_rows = batch.shape[0]
-        self.has_keras_loss = self.adds_loss = False
+        self.has_keras_loss = self.has_own_loss = False
+        self.losses = None
         self._own = _count(batch)
         self._local = local
         self._particles = particles
@@ -126,6 +135,24 @@ class RowsOfReplicas:
         self._total = self._own if self.replicas == 1 else None
         if 1 < self.replicas <= len(strategy.extended.worker_devices):
             self._total = local / self._times
+
+    @contextlib.contextmanager
+    def known(self):
+        """Lets this be `current` in a `with` block."""
+        token = _current.set(self)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+    def trial(self, batch, losses):
+        """Returns one for a graph that is only looked at: nobody is asked there."""
+        own = _count(batch)
+        trial = RowsOfReplicas(
+            self.strategy, batch, own, 1, self.replicas, 1, self.evaluates
+        )
+        trial._total, trial.sum, trial.losses = own, tf.identity, losses
+        return trial
 
     def total(self):
         """Returns the rows of all replicas of the particle; all of them must ask."""

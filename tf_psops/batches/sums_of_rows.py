@@ -77,6 +77,32 @@ def find(loss, num_rows, is_known, inside):
     ]
 
 
+def kind_of_all(loss, parts, is_trained):
+    """Returns the kind of a whole loss, `MIXED` for one that is more than a sum.
+
+    Args:
+        loss: A symbolic float tensor.
+        parts: What `find` returned of it.
+        is_trained: Whether it is trained on, so that what is constant does not matter.
+    """
+    kinds = {part.kind for part in parts}
+    if not kinds & {Kind.SUM, Kind.MIXED}:
+        return Kind.MEAN
+    sums = {part.tensor.ref() for part in parts}
+    if kinds == {Kind.SUM} and (is_trained or _adds_up(loss, sums)):
+        return Kind.SUM
+    return Kind.MIXED
+
+
+def _adds_up(tensor, sums):
+    if tensor.ref() in sums:
+        return True
+    adds = tensor.op.type in _LINEAR | _ADDS | {"Neg", "Sub", "Sum", "Mean"}
+    return adds and all(
+        _adds_up(value, sums) for value in tensor.op.inputs if value.dtype.is_floating
+    )
+
+
 class _Search:
     def __init__(self, num_rows, is_known, inside, outside=None):
         self._num_rows = num_rows
