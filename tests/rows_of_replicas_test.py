@@ -55,6 +55,10 @@ class Own(keras.Model):
         return {"loss": self.mean.result()}
 
 
+class OwnFunction(Own):
+    train_step = tf.function(Own.train_step)
+
+
 def _of(reduce):
     return lambda: Own(reduce)
 
@@ -125,6 +129,11 @@ _CASES = {
     "eager_own_sum": {
         "rows": 11,
         "model": lambda: Own(lambda loss: -0.5 * ops.sum(-loss)),
+        "compile": {"run_eagerly": True},
+    },
+    "eager_own_root_of_all_rows": {
+        "rows": 12,
+        "model": _of(lambda loss: ops.sqrt(_of_all_replicas(ops.sum(loss)))),
         "compile": {"run_eagerly": True},
     },
     "eager_added_mean": {
@@ -285,6 +294,14 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "run_eagerly=True.*`reduction="):
             _fit(strategy, case)
 
+    def test_refuses_a_function_in_a_step_that_runs_eagerly(self):
+        """The first device would wait for the others for ever."""
+        strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
+        case = {"rows": 12, "model": lambda: OwnFunction(ops.mean)}
+        case["compile"] = {"run_eagerly": True}
+        with self.assertRaisesRegex(ValueError, "leave out the `tf.function`"):
+            _fit(strategy, case)
+
     def test_refuses_a_sum_that_a_function_hides(self):
         @tf.function
         def my_loss(loss):
@@ -300,7 +317,7 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         names = (
             "compiled_without_rows", "sum_compiled", "weights", "mask", "normalised",
             "steps_per_execution", "own_mean", "own_sum", "added_sum",
-            "own_root_of_all_rows", "returned_sum",
+            "own_root_of_all_rows", "returned_sum", "eager_own_sum",
         )  # fmt: skip
         expected = [_fit(None, _CASES[name]) for name in names]
         for worker in clusters.run(_fit_all, 2, names, timeout=240):

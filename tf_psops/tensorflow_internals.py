@@ -427,7 +427,11 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         """Reduces over the replicas of one particle: over one, no collective runs."""
         if self.replicas_per_particle == 1 or _gradients_reduced.get():
             return value
+        rows = rows_of_replicas.current()
+        if rows and rows.is_trial:
+            return tf.nest.map_structure(_as_if_reduced, value)
         if len(self.worker_devices) > 1:
+            _check_no_function_in_eager_step()
             with _keys_of_traces():
                 value = super()._replica_ctx_all_reduce(reduce_op, value, options)
         if not (self._share_gradients and self._container_strategy().peers):
@@ -465,6 +469,7 @@ class SwarmExtended(collective_all_reduce_strategy.CollectiveAllReduceExtended):
         """Returns the sum over the local replicas."""
         if len(self.worker_devices) == 1:
             return value
+        _check_no_function_in_eager_step()
         with _keys_of_traces():
             return super()._replica_ctx_all_reduce(tf.distribute.ReduceOp.SUM, value)
 
@@ -600,6 +605,29 @@ def _extended_of_replica():
     """Returns that of the replica that asks, `None` outside of a swarm's replicas."""
     replica = tf.distribute.get_replica_context()
     return replica and _extended_of(replica.strategy)
+
+
+def _as_if_reduced(value):
+    """Stands for a reduction over replicas in a graph that is only looked at."""
+
+    @tf.custom_gradient
+    def reduced(value):
+        same = tf.numpy_function(np.asarray, [value], value.dtype)
+        return tf.ensure_shape(same, value.shape), lambda gradient: gradient
+
+    return reduced(value) if isinstance(value, tf.Tensor) else value
+
+
+def _check_no_function_in_eager_step():
+    """Raises an error where a device would wait for others that begin after it."""
+    rows = rows_of_replicas.current()
+    if rows and rows.runs_eagerly() and not tf.executing_eagerly():
+        raise ValueError(
+            "With `run_eagerly` the devices of a worker run one after the other, and "
+            "cannot meet inside of a `tf.function`. Received: run_eagerly=True, and a "
+            "step whose gradients, or losses in an evaluation, are shared in one. "
+            "Compile without `run_eagerly`, or leave out the `tf.function`."
+        )
 
 
 @contextlib.contextmanager
@@ -1285,7 +1313,6 @@ class LossesOfStep:
 
         layers = self._model._flatten_layers() if self._model else ()
         losses = [(layer._losses, list(layer._losses)) for layer in layers]
-        token = _gradients_reduced.set(True)
         try:
             tf.function(look, autograph=False).get_concrete_function(
                 *(spec(flat[place]) for place in places)
@@ -1293,7 +1320,6 @@ class LossesOfStep:
         except Exception as error:
             logging.info("A step that runs eagerly has no graph: %s", error)
         finally:
-            _gradients_reduced.reset(token)
             for there, before in losses:
                 there[:] = before
         return learner.kinds

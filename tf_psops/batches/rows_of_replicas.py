@@ -118,6 +118,7 @@ class RowsOfReplicas:
         has_own_loss: Whether a layer has added a loss of the user's own, or a compiled
             one was a scalar.
         losses: What knows the losses of a step that runs eagerly, or learns them.
+        is_trial: Whether the step makes a graph that is only looked at.
     """
 
     def __init__(self, strategy, batch, local, times, replicas, particles, evaluates):
@@ -128,6 +129,7 @@ class RowsOfReplicas:
         self.num_rows = batch.shape[0]
         self.has_keras_loss = self.has_own_loss = False
         self.losses = None
+        self.is_trial = False
         self._own = _count(batch)
         self._local = local
         self._particles = particles
@@ -152,6 +154,7 @@ class RowsOfReplicas:
             self.strategy, batch, own, 1, self.replicas, 1, self.evaluates
         )
         trial._total, trial.sum, trial.losses = own, tf.identity, losses
+        trial.is_trial = True
         return trial
 
     def total(self):
@@ -205,6 +208,10 @@ class RowsOfReplicas:
         In an evaluation, too, the sum of a particle is that of its rows.
         """
         return self.times_own() / self._particles
+
+    def runs_eagerly(self):
+        """Tells whether the step of this replica runs eagerly."""
+        return self._graph is None
 
     def may_ask(self):
         """Tells whether `total` asks no other worker, or all of them ask."""
