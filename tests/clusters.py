@@ -91,10 +91,11 @@ class _Cluster:
         self._workers = workers
         self.pids = [worker.process.pid for worker in workers]
 
-    def results(self, timeout):
-        """Returns what the workers returned; see `run`."""
+    def results(self, timeout, only=None):
+        """Returns what the workers returned, or some of them; see `run`."""
         deadline = time.monotonic() + timeout
-        pending = {worker.pipe: worker for worker in self._workers}
+        workers = [w for w in self._workers if only is None or w.index in only]
+        pending = {worker.pipe: worker for worker in workers}
         while pending:
             ready = connection.wait(list(pending), deadline - time.monotonic())
             if not ready:
@@ -106,7 +107,7 @@ class _Cluster:
                 )
             for pipe in ready:
                 pending.pop(pipe).receive()
-        return [worker.result for worker in self._workers]
+        return [worker.result for worker in workers]
 
 
 class _Worker:

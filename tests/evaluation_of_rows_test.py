@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import os
+import signal
 
 import clusters
 import keras
@@ -185,10 +187,70 @@ def _evaluate_unequal(strategy):
 
     keras.utils.set_random_seed(1)
     with strategy.scope() if strategy else contextlib.nullcontext():
-        model = _masked()
-        model = keras.Model(model.inputs, model.output["a"])
+        model = _masked_steps()
         model.compile(loss=_loss())
     return model.evaluate(batches(), verbose=0)
+
+
+class _Dies(keras.callbacks.Callback):
+    """Ends the process in the first validation."""
+
+    def on_test_batch_end(self, batch, logs=None):
+        if batch == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _lose_one(make):
+    """Returns the validations of three epochs, in whose first one worker dies."""
+    strategy = tf_psops.SwarmStrategy(min_workers=2)
+    model, *data = _to_lose(strategy, make)
+    callbacks = [tf_psops.PSOSync(2, tf_psops.ParameterAverage())]
+    if strategy.worker_index == 2:
+        callbacks.append(_Dies())
+    history = model.fit(
+        *data, validation_data=data, batch_size=6, validation_batch_size=6, epochs=3,
+        callbacks=callbacks, verbose=0,
+    ).history  # fmt: skip
+    return history["val_loss"], history["num_workers"]
+
+
+def _to_lose(strategy, make):
+    x = np.random.default_rng(1).normal(size=(24, 4)).astype("float32")
+    x[x < -0.3] = 0
+    keras.utils.set_random_seed(1)
+    with strategy.scope() if strategy else contextlib.nullcontext():
+        model = make()
+        model.compile(optimizers.SGD(0.0), _loss())
+    shape = [24, *model.output_shape[1:-1]]
+    y = x.argmax(-1).reshape(24, *[1] * (len(shape) - 1)) % 3
+    return model, x, np.broadcast_to(y, shape).copy()
+
+
+def _masked_steps():
+    model = _masked()
+    return keras.Model(model.inputs, model.output["a"])
+
+
+class LostWorkerTest(tf.test.TestCase, parameterized.TestCase):
+    def test_others_go_on_without_one_that_dies_in_an_evaluation(self):
+        self._check(_masked_steps)
+
+    @pytest.mark.slow
+    def test_others_go_on_where_they_meet_at_its_end(self):
+        self._check(swarms.dense)
+
+    def _check(self, make):
+        with clusters.start(_lose_one, 3, make) as cluster:
+            found = cluster.results(90, only=(0, 1))
+        model, x, y = _to_lose(None, make)
+        # Of each batch the last third of the rows are the lost worker's.
+        theirs = np.arange(24) % 6 < 4
+        expected = model.evaluate(x[theirs], y[theirs], batch_size=4, verbose=0)
+        for losses_of_epochs, num_workers in found:
+            self.assertEqual(losses_of_epochs, found[0][0])
+            self.assertAllClose(losses_of_epochs[1:], [expected] * 2, rtol=1e-5)
+            self.assertTrue(np.isfinite(losses_of_epochs[0]))
+            self.assertEqual(num_workers, [2, 2, 2])
 
 
 class EvaluationOfRowsTest(tf.test.TestCase, parameterized.TestCase):
