@@ -100,27 +100,26 @@ class LossTracker:
         """Returns the variable that a local replica's count and mean are in."""
         return self._local[replica]
 
-    def steps(self, replica):
-        """Returns the local steps of a local replica since `begin`, float64."""
-        return self._local[replica][0]
-
     def num_steps(self, replica):
         """Returns `steps` as an int, outside of a `tf.function`."""
         return int(self._local[replica].numpy()[0])
 
     @staticmethod
-    def mean_loss(sums):
-        """Returns the mean loss since `close` of `sums`; NaN without a step."""
-        return sums[3] / sums[4]
+    def loss(sums):
+        """Returns the mean loss since `close` of `sums`, and whether there was any.
 
-    @staticmethod
-    def knows_loss(sums):
-        """Tells whether there was a loss since `close` in `sums`."""
-        return sums[4] != 0
+        It is NaN where there was none.
+        """
+        *_, loss, weight = tf.unstack(sums)
+        return loss / weight, weight != 0
 
-    def learning_rate(self, replica):
-        """Returns a local replica's mean rate since `close`; 0 without a step."""
-        return tf.math.divide_no_nan(self._local[replica][2], self._local[replica][1])
+    def steps_and_rate(self, replica):
+        """Returns a local replica's steps since `begin`, and mean rate since `close`.
+
+        The rate is 0 without a step. Both are float64.
+        """
+        steps, since, rates, _, _ = tf.unstack(self._local[replica])
+        return steps, tf.math.divide_no_nan(rates, since)
 
     def close(self, replica):
         """Begins a local replica's next mean."""
@@ -140,7 +139,7 @@ class LossTracker:
 
 def _sums(mean):
     """Returns the total and the count of a mean, [2]."""
-    return tf.stack([tf.cast(v.value, tf.float64) for v in (mean.total, mean.count)])
+    return tf.cast(tf.stack([mean.total.value, mean.count.value]), tf.float64)
 
 
 def _num_rows(data):

@@ -388,8 +388,12 @@ class Particles:
         self.vector[replica].assign(vector)
 
     def _note_agreed(self, replica):
-        self._agreed_state[replica].assign(self._state.pack(replica))
-        self._agreed_averages[replica].assign(self._averages.pack(replica))
+        for flat, agreed in (
+            (self._state, self._agreed_state),
+            (self._averages, self._agreed_averages),
+        ):
+            if flat.size:
+                agreed[replica].assign(flat.pack(replica))
 
     def heal(self, replica):
         """Gives a particle fresh slots."""

@@ -32,16 +32,13 @@ class SyncGraph:
         self._delayed = delayed
 
     @_traced.once
-    def report(self, told):
+    def report(self):
         """Returns a row of each local particle, and what they bring.
 
-        A row, [8], has its fitness, NaN where it is unknown, score, steps, distance
+        A row, [6], has its fitness, NaN where it is unknown, score, steps, distance
         from the position that stands for the swarm, that of a sample of the elements,
-        learning rate, and what its worker tells. Then come positions, offers, what of
-        the rule's states is new, and the state to be averaged.
-
-        Args:
-            told: [2], float64: the worker's vote, and how long it waited last.
+        and learning rate. Then come positions, offers, what of the rule's states is
+        new, and the state to be averaged.
         """
         particles = self._particles
         sums = particles.share(
@@ -52,7 +49,7 @@ class SyncGraph:
             position = particles.weights.pack(replica)
             # Parts of it from here on, so that they are in memory once.
             particles.weights.unpack(replica, position)
-            loss = self._loss_tracker.mean_loss(sums[replica])
+            loss, is_known = self._loss_tracker.loss(sums[replica])
             loss = tf.cast(loss, position.dtype)
             agreed = particles.agreed_position(replica)
             # Not finite either where an element of one of the two is not.
@@ -65,21 +62,21 @@ class SyncGraph:
             )
             fitness = tf.where(sound & tf.math.is_finite(loss), loss, float("inf"))
             # A loss that is unknown says nothing of a particle's health.
-            unknown = sound & ~self._loss_tracker.knows_loss(sums[replica])
+            unknown = sound & ~is_known
             before = particles.state(replica)
             state, offer = self._rule.offer(before, position, fitness)
             pairs = list(zip(tf.nest.flatten(before), tf.nest.flatten(state)))
             # Who held the rest could not change it in place.
             self._is_new = [old is not new for old, new in pairs]
             state = [new for old, new in pairs if old is not new]
+            steps, rate = self._loss_tracker.steps_and_rate(replica)
             row = (
                 tf.where(unknown, tf.cast(math.nan, fitness.dtype), fitness),
                 offer.score,
-                self._loss_tracker.steps(replica),
+                steps,
                 distance,
                 divergence.sampled_distance(position, agreed),
-                self._loss_tracker.learning_rate(replica),
-                *tf.unstack(told),
+                rate,
             )
             row = tf.stack([tf.cast(value, tf.float64) for value in row])
             with tf.control_dependencies([row]):

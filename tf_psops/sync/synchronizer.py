@@ -219,9 +219,7 @@ class Synchronizer:
     def _warm_up(self, take_mean):
         variables = tf.nest.flatten(self._loss_tracker.variables)
         values = [variable.read_value() for variable in variables]
-        rows, positions, offers, states, own = self._graph.report(
-            tf.zeros(2, tf.float64)
-        )
+        rows, positions, offers, states, own = self._graph.report()
         # Only now, because `report` lets weights and positions share their memory.
         changed = tf.nest.flatten(self._particles.changed())
         variables += changed
@@ -371,26 +369,25 @@ class Synchronizer:
             vote: A number that this worker tells the others. The largest of all is in
                 `vote` after `finish`.
         """
-        rows, positions, offers, states, own = self._graph.report(
-            tf.constant([vote, self._waited], tf.float64)
-        )
+        rows, positions, offers, states, own = self._graph.report()
+        told = vote, self._waited
         moving = async_work.run(
-            functools.partial(self._travel, rows, offers, own),
+            functools.partial(self._travel, rows, told, offers, own),
             in_background=self._delayed,
         )
         self._under_way = (positions, states, own), moving
 
-    def _travel(self, rows, offers, own):
+    def _travel(self, rows, told, offers, own):
         """Meets the other workers, and lets what is best for all travel.
 
         Nothing here changes what training sees, which may go on meanwhile.
         """
         return self._collectives.together(
-            functools.partial(self._travel_once, rows, offers, own), admits=True
+            functools.partial(self._travel_once, rows, told, offers, own), admits=True
         )
 
-    def _travel_once(self, rows, offers, own):
-        rows = [row.numpy() for row in rows]  # Once they are computed.
+    def _travel_once(self, rows, told, offers, own):
+        rows = [np.append(row, told) for row in rows]  # Once they are computed.
         start = time.perf_counter()
         table = self._collectives.tell(rows)
         waiting = time.perf_counter() - start
@@ -407,11 +404,11 @@ class Synchronizer:
                 "No particle has a finite training loss and finite weights at "
                 f"synchronisation {self.num_syncs}. Received the losses "
                 f"{fitness.tolist()}. Lower the learning rate, or clip the gradients.",
-                int(np.nanmax(votes)),
+                int(votes[present].max()),
             )
         sick = divergence.have_diverged(fitness, distances)
         fitness = np.where(sick & present, np.inf, fitness)
-        told = distances, waiting, waited[:: len(self.local_particles)]
+        heard = distances, waiting, waited[:: len(self.local_particles)]
         sampled = np.where(sick, np.inf, sampled)
         root = int(np.where(sick, np.inf, scores).argmin())
         best = (root, float(scores[root]))
@@ -424,8 +421,8 @@ class Synchronizer:
         num_bytes = table.nbytes + self._particles.averaged.num_bytes
         if self._rule.exchange == "mean" or best != self._sent:
             num_bytes += self._particles.weights.size * self._payload.size
-        vote = int(np.nanmax(votes))
-        return fitness, unknown, best, vote, num_bytes, (news, travelled), told
+        vote = int(votes[present].max())
+        return fitness, unknown, best, vote, num_bytes, (news, travelled), heard
 
     def _news(self, fitness, learning_rate, distances):
         """Returns what all particles learn, for each of them to add the rest."""
@@ -458,7 +455,7 @@ class Synchronizer:
         start = time.perf_counter()
         result = moving.result()
         waited = time.perf_counter() - start
-        fitness, unknown, self._sent, self.vote, num_bytes, learnt, told = result
+        fitness, unknown, self._sent, self.vote, num_bytes, learnt, heard = result
         news, travelled = learnt
         self.num_diverged += int(np.isinf(fitness).sum())
         self.bytes_moved += num_bytes
@@ -466,7 +463,7 @@ class Synchronizer:
         self._check_finite(finite, "move")
         self._particles.forget_set()
         fitness = np.where(unknown & np.isfinite(fitness), np.nan, fitness)
-        distances, waiting, waited_before = told
+        distances, waiting, waited_before = heard
         self._waited = waited if self._delayed else waiting
         self.record = {
             "sync": self.num_syncs,
@@ -542,19 +539,21 @@ class Synchronizer:
 
     def _check_finite(self, finite, function):
         """Raises an error if what the rule made of finite positions is not finite."""
+        finite = [flag.numpy() for flag in finite]
+        if all(finite):
+            return
         indices = self._particles.indices
         finite = np.reshape(finite, [len(indices), -1]).all(axis=1)
         sick = indices.start + np.flatnonzero(~finite)
-        if sick.size:
-            error = FloatingPointError(
-                f"The rule {self._rule.name} gave particles {sick.tolist()} "
-                "a position that is not finite, at synchronisation "
-                f"{self.num_syncs}, from `{function}`. Expected finite weights. Look "
-                "for a division by zero, a root or a logarithm in the rule, or take a "
-                "rule of tf_psops."
-            )
-            error.is_known_to_all = False  # Only to the worker of the particle.
-            raise error
+        error = FloatingPointError(
+            f"The rule {self._rule.name} gave particles {sick.tolist()} "
+            "a position that is not finite, at synchronisation "
+            f"{self.num_syncs}, from `{function}`. Expected finite weights. Look "
+            "for a division by zero, a root or a logarithm in the rule, or take a "
+            "rule of tf_psops."
+        )
+        error.is_known_to_all = False  # Only to the worker of the particle.
+        raise error
 
 
 def _plain(number):
