@@ -1090,12 +1090,12 @@ def _with_gradients_of_all_rows(gradient):
     @functools.wraps(gradient)
     def compute(self, target, sources, output_gradients=None, **kwargs):
         rows = rows_of_replicas.current()
-        shared = rows and rows.replicas > 1 and output_gradients is None
+        shared = rows and rows.replicas > 1 and not rows.evaluates
         are_weights = all(
             isinstance(source, (tf.Variable, keras.Variable))
             for source in tf.nest.flatten(sources)
         )
-        if not (shared and are_weights):
+        if not (shared and are_weights and output_gradients is None):
             return gradient(self, target, sources, output_gradients, **kwargs)
         targets = tf.nest.flatten(target)
         weights = [tf.cast(rows.weight(), loss.dtype) for loss in targets]
@@ -1365,13 +1365,20 @@ def _by_rows(update_state):
             values = _whole(tf.convert_to_tensor(values), rows)
             if sample_weight is None:
                 sample_weight = rows.weight_of_metric()
-        elif rows and sample_weight is not None and not keras.ops.ndim(sample_weight):
+        elif rows and not rows.num_rows and _is_mean_of_rows(values, sample_weight):
             values = keras.ops.mean(values)  # As Keras does it.
         if rows and not keras.ops.ndim(values):
             values = tf.where(rows.has_any(), values, tf.zeros_like(values))
         return update_state(self, values, sample_weight=sample_weight)
 
     return update
+
+
+def _is_mean_of_rows(values, sample_weight):
+    """Tells whether Keras takes a mean of losses of rows, which is NaN of none."""
+    is_masked = getattr(values, "_keras_mask", None) is not None
+    weighs_all = sample_weight is not None and not keras.ops.ndim(sample_weight)
+    return weighs_all and not is_masked
 
 
 def of_all_rows(results, rows):

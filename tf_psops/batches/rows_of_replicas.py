@@ -53,7 +53,7 @@ def sum_over_workers(strategy, value, goes_on=True):
     return tf.unstack(tf.reduce_sum(tf.ensure_shape(told, [None, 2]), axis=0))
 
 
-def knowing_rows(strategy, function, arguments, report, losses_of=None):
+def knowing_rows(strategy, function, arguments, report, losses_of):
     """Lets a function that a replica runs know of the rows of its batch.
 
     Args:
@@ -91,7 +91,7 @@ def knowing_rows(strategy, function, arguments, report, losses_of=None):
         rows = RowsOfReplicas(
             strategy, own, local, times, replicas * particles, particles, evaluates
         )
-        if tf.executing_eagerly() and rows.replicas > 1 and losses_of:
+        if tf.executing_eagerly() and rows.replicas > 1:
             rows.losses = losses_of(function, (args, kwargs), rows)
         with rows.known():
             return report(function(*args, **kwargs), rows)
