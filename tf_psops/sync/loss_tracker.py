@@ -101,7 +101,7 @@ class LossTracker:
         return self._local[replica]
 
     def num_steps(self, replica):
-        """Returns `steps` as an int, outside of a `tf.function`."""
+        """Returns the local steps of a local replica since `begin`, an int."""
         return int(self._local[replica].numpy()[0])
 
     @staticmethod
