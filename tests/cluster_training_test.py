@@ -159,7 +159,7 @@ def _train_all(cases):
 
 class TrainingTest(tf.test.TestCase, parameterized.TestCase):
     @parameterized.parameters(
-        (2, [("average", 1), ("swarm", 1), ("global_best", 3)]),
+        (2, [("swarm", 1), ("global_best", 3)]),
         (3, [("swarm", 1), ("average", 3)]),
     )
     def test_workers_agree_with_each_other_and_with_one_process(self, workers, cases):

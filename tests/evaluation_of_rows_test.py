@@ -254,9 +254,17 @@ class LostWorkerTest(tf.test.TestCase, parameterized.TestCase):
 
 
 class EvaluationOfRowsTest(tf.test.TestCase, parameterized.TestCase):
-    @parameterized.product(name=tuple(_CASES), particle=("device", "worker"))
-    def test_one_process(self, name, particle):
-        strategy = tf_psops.SwarmStrategy.in_process(2, particle=particle)
+    @parameterized.parameters(*_CASES)
+    def test_one_process(self, name):
+        self._check_in_process(name)
+
+    @parameterized.parameters(*_CASES)
+    @pytest.mark.slow
+    def test_an_island(self, name):
+        self._check_in_process(name, particle="worker")
+
+    def _check_in_process(self, name, **kwargs):
+        strategy = tf_psops.SwarmStrategy.in_process(2, **kwargs)
         self._check(name, _evaluate(strategy, _CASES[name]), _particles(strategy))
 
     def test_two_workers(self):
