@@ -16,6 +16,7 @@ class ChaosTest(absltest.TestCase):
         self.assertCountEqual(signals, ["SIGTERM", "SIGSTOP", "SIGKILL"])
         self.assertGreaterEqual(report.restarts, 3)
 
+    @pytest.mark.slow
     def test_the_others_go_on(self):
         report = chaos_membership.run(3, seed=13, min_workers=2)
         self.assertEmpty(report.problems)

@@ -103,6 +103,7 @@ class IslandsTest(tf.test.TestCase, parameterized.TestCase):
                         self.assertAllClose(weight, value, atol=1e-5)
 
     @parameterized.parameters({"particle": "worker"}, {"share_gradients": True})
+    @pytest.mark.slow
     def test_lora_and_ctrl_c(self, **kwargs):
         plain = tf.distribute.get_strategy()
         begun, expected = _cut_short(plain)

@@ -6,6 +6,7 @@ import functools
 import clusters
 import keras
 import numpy as np
+import pytest
 import swarms
 import tensorflow as tf
 from absl.testing import parameterized
@@ -294,6 +295,20 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         with self.assertRaisesRegex(ValueError, "run_eagerly=True.*`reduction="):
             _fit(strategy, case)
 
+    def test_learns_what_another_loss_is_where_it_is_compiled(self):
+        x = np.random.default_rng(1).normal(size=(8, 4)).astype("float32")
+        found = []
+        for kwargs in {}, {"particle": "worker"}:
+            keras.utils.set_random_seed(1)
+            with tf_psops.SwarmStrategy.in_process(1 + len(kwargs), **kwargs).scope():
+                model = Own(ops.mean)
+                for model.reduce in (ops.mean, ops.sum):
+                    model.compile(optimizers.SGD(0.1), run_eagerly=True)
+                    model.fit(x, x.argmax(-1) % 3, batch_size=4, shuffle=False)
+            found.append(model.get_weights())
+        for value, other in zip(*found, strict=True):
+            self.assertAllClose(value, other, rtol=1e-5)
+
     def test_refuses_a_function_in_a_step_that_runs_eagerly(self):
         """The first device would wait for the others for ever."""
         strategy = tf_psops.SwarmStrategy.in_process(2, particle="worker")
@@ -313,6 +328,7 @@ class RowsOfReplicasTest(tf.test.TestCase, parameterized.TestCase):
         ):
             _fit(strategy, {"rows": 12, "model": _of(my_loss)})
 
+    @pytest.mark.slow
     def test_two_workers_of_two_devices_share_gradients(self):
         names = (
             "compiled_without_rows", "sum_compiled", "weights", "mask", "normalised",

@@ -180,7 +180,9 @@ class StopTogetherTest(tf.test.TestCase, parameterized.TestCase):
             alone = _fit(model, _early_stop_vote(), sync)
             self.assertAllClose(fits["early"][0]["loss"], alone["loss"])
 
-    @parameterized.product(every=(1, 3, 5, 100), before=(True, False), delay=(0, 1))
+    @parameterized.parameters(
+        (1, True, 0), (1, False, 1), (3, True, 1), (5, False, 0), (100, True, 1)
+    )
     def test_all_particles_are_nan(self, every, before, delay):
         model = _model(tf_psops.SwarmStrategy.in_process(2))
         rule = tf_psops.ParameterAverage()

@@ -1280,7 +1280,7 @@ class LossesOfStep:
         return self._kinds().get(("state", name), known)
 
     def _kinds(self):
-        # As a train function keeps its graph.
+        # Until it is compiled again, as a train function keeps its graph.
         owner = self._step if self._model is None else self._model
         known = _kinds_of_steps.setdefault(owner, {})
         name = getattr(self._step, "__name__", None)
@@ -1346,6 +1346,18 @@ class _Learner:
 
 
 _kinds_of_steps: weakref.WeakKeyDictionary[object, dict] = weakref.WeakKeyDictionary()
+
+
+def _forgetting_steps(compile_model):
+    @functools.wraps(compile_model)
+    def compile_anew(self, *args, **kwargs):
+        _kinds_of_steps.pop(self, None)
+        return compile_model(self, *args, **kwargs)
+
+    return compile_anew
+
+
+_Trainer.compile = _forgetting_steps(_Trainer.compile)
 _EAGER = (
     "Devices that share gradients tell a sum over the rows from a mean by the graph of "
     "a loss, and a step that runs eagerly has none. Received: run_eagerly=True, and a "
