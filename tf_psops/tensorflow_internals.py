@@ -30,7 +30,7 @@ and 2.21.0 with Keras 3.15; `python -m tests.compatibility` runs the suite on bo
     which rows a model predicts, and draws a batch to build it;
     `_get_metrics_result_or_logs` where it decides what the history says. Its
     `jit_compile` knows what XLA cannot compile, but not of several devices. `fit` tells
-    its callbacks nothing of an exception.
+    its callbacks nothing of an exception. `compile` ends what is known of a step.
 
   * Losses and gradients of replicas that share them. The `apply` of Keras' optimizers,
     `tf.GradientTape.gradient`, the `add_loss` of Keras' layers and the `update_state`
@@ -76,6 +76,7 @@ from keras.src.backend.tensorflow import nn
 from keras.src.backend.tensorflow import trainer as tensorflow_trainer
 from keras.src.losses import loss as loss_lib
 from keras.src.trainers import compile_utils
+from keras.src.trainers import trainer as base_trainer
 from tensorflow.python.data.experimental.ops import distribute
 from tensorflow.python.data.ops import multi_device_iterator_ops
 from tensorflow.python.distribute import (
@@ -1357,7 +1358,8 @@ def _forgetting_steps(compile_model):
     return compile_anew
 
 
-_Trainer.compile = _forgetting_steps(_Trainer.compile)
+# There Keras looks for it, to tell whether a user has a `compile` of his own.
+base_trainer.Trainer.compile = _forgetting_steps(base_trainer.Trainer.compile)
 _EAGER = (
     "Devices that share gradients tell a sum over the rows from a mean by the graph of "
     "a loss, and a step that runs eagerly has none. Received: run_eagerly=True, and a "
