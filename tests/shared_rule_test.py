@@ -16,6 +16,13 @@ from tf_psops.sync import reduction
 _STEPS = 24
 
 
+class _Astray(tf_psops.CentroidSwarm):
+    def lead(self, state, mean, factors):
+        mean = super().lead(state, mean, factors)
+        mean += np.inf
+        return mean
+
+
 class _LeftError(Exception):
     pass
 
@@ -79,6 +86,14 @@ def _fit_both(devices, delay, average, min_workers=None):
     return [_fit(strategy, least, average, delay=delay) for least in (1 << 20, 0)]
 
 
+def _fit_astray():
+    try:
+        _fit(tf_psops.SwarmStrategy(), 0, False, rule=_Astray())
+    except FloatingPointError as error:
+        return str(error)
+    return ""
+
+
 class SharedRuleTest(parameterized.TestCase):
     @parameterized.parameters(
         (2, 1, 0, True), (3, 1, 2, False), (2, 2, 0, True), (2, 2, 1, False)
@@ -92,6 +107,10 @@ class SharedRuleTest(parameterized.TestCase):
             for one in weights:
                 np.testing.assert_array_equal(one, results[0][1][0][0])
                 np.testing.assert_allclose(one, whole[0], atol=2e-3)
+
+    def test_a_position_that_is_not_finite_is_an_error(self):
+        for text in clusters.run(_fit_astray, 2):
+            self.assertRegex(text, "_Astray.*not finite, at synchronisation 0.*`move`")
 
     def test_goes_on_without_a_worker_that_is_lost(self):
         first, second, left = clusters.run(_fit_both, 3, 1, 0, True, 2)

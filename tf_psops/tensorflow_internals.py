@@ -771,7 +771,7 @@ def _of_all_workers(result_or_logs):
 
     @functools.wraps(result_or_logs)
     def get(self, logs):
-        if _evaluates.get():
+        if _is_in_evaluate.get():
             rows_of_replicas.end_evaluation(self.distribute_strategy)
         result = result_or_logs(self, logs)
         if result is logs and _extended_of(self.distribute_strategy):
@@ -786,16 +786,16 @@ def _evaluating(evaluate):
 
     @functools.wraps(evaluate)
     def evaluate_by_all(self, *args, **kwargs):
-        token = _evaluates.set(bool(_extended_of(self.distribute_strategy)))
+        token = _is_in_evaluate.set(bool(_extended_of(self.distribute_strategy)))
         try:
             return evaluate(self, *args, **kwargs)
         finally:
-            _evaluates.reset(token)
+            _is_in_evaluate.reset(token)
 
     return evaluate_by_all
 
 
-_evaluates = contextvars.ContextVar("evaluates", default=False)
+_is_in_evaluate = contextvars.ContextVar("is_in_evaluate", default=False)
 
 
 def _testing_whole_batches(make_test_function):

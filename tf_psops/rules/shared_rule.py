@@ -27,7 +27,7 @@ class SharedRule(Rule):
         raise NotImplementedError
 
     def lead(self, state: Any, mean: tf.Tensor, factors: Any) -> tf.Tensor:
-        """Returns the position to go on from, finite where all that it gets is.
+        """Returns the position to go on from.
 
         Element by element, by operators that change a NumPy array in place: it leads
         such arrays, too, where there is no GPU.

@@ -2,6 +2,7 @@
 
 import operator
 
+import numpy as np
 import tensorflow as tf
 
 from tf_psops import _traced, _xla
@@ -56,7 +57,8 @@ class Reduction:
 
         Returns:
             Two lists with a vector for each device; and where a `SharedRule` has led
-            the vector on, each worker its share, the factors of it, otherwise `None`.
+            the vector on, each worker its share, the factors of it and whether this
+            worker's share is finite, otherwise `None`.
         """
         share = None
         if self._leads_shares:
@@ -70,16 +72,16 @@ class Reduction:
         mean = self._collectives.mean
         healthy = tf.math.is_finite(news.fitness)
         if self._rule.exchange == "mean" and self._is_exact:
-            factors = lead = None
+            led = lead = None
             if share:
 
                 def lead(mean):
-                    nonlocal factors
-                    led, factors = self._lead(mean, news, slice(*share))
-                    return led
+                    nonlocal led
+                    mean, *led = self._lead(mean, news, slice(*share))
+                    return mean
 
             means = self._collectives.mean_of_both(offers, others, healthy, lead)
-            return *means, factors
+            return *means, led
         if others[0].shape[0]:
             others = mean(others, healthy)
         last = [vector.read_value() for vector in self._particles.vector]
@@ -113,7 +115,7 @@ class Reduction:
         return lengthen(mean(ways, healthy)), others, None
 
     def _lead(self, mean, news, share):
-        """Returns where the rule leads from the mean, and its factors.
+        """Returns where the rule leads from the mean, its factors, and if it is finite.
 
         Args:
             mean: A vector with the mean in this worker's share.
@@ -132,12 +134,16 @@ class Reduction:
 
         def work(mean, *flat):
             state, factors = tf.nest.pack_sequence_as(known, flat)
-            own = mean[share]
+            own, is_finite = mean[share], True
             for start in range(0, len(own), _PIECE):
                 cut = operator.itemgetter(slice(start, start + _PIECE))
                 self._rule.lead(tf.nest.map_structure(cut, state), cut(own), factors)
-            return self._collectives.gather_shares(mean)
+                is_finite = is_finite and np.isfinite(cut(own)).all()
+            return self._collectives.gather_shares(mean), np.bool_(is_finite)
 
         with tf.device("CPU:0"):
-            led = tf.numpy_function(work, [mean, *tf.nest.flatten(known)], mean.dtype)
-        return tf.ensure_shape(led, mean.shape), factors
+            led, is_finite = tf.numpy_function(
+                work, [mean, *tf.nest.flatten(known)], [mean.dtype, tf.bool]
+            )
+        is_finite = tf.ensure_shape(is_finite, [])
+        return tf.ensure_shape(led, mean.shape), factors, is_finite

@@ -87,7 +87,7 @@ class SyncGraph:
         return *reports, particles.share(own)
 
     @_traced.once
-    def settle(self, news_of_all, positions, states, own, vectors, averaged, factors):
+    def settle(self, news_of_all, positions, states, own, vectors, averaged, led):
         """Moves the local particles by what travelled.
 
         Args:
@@ -97,7 +97,8 @@ class SyncGraph:
             own: Their state to be averaged, likewise.
             vectors: The vector that travelled, on each device.
             averaged: The mean of the state, on each device.
-            factors: Those by which a rule has led the vector on, `None` if none has.
+            led: The factors by which a rule has led the vector on, and whether to where
+                it is finite; `None` if none has.
 
         Returns:
             Whether the rule gave a finite position, for each local particle; and what
@@ -152,14 +153,14 @@ class SyncGraph:
                 vector=vectors[replica],
                 particle=tf.constant(first + particles.place(replica)),
             )
-            if factors is not None:
-                return news._replace(factors=factors)
-            own_factors = self._rule.factors(
+            if led:
+                return news._replace(factors=led[0])
+            factors = self._rule.factors(
                 particles.state(replica),
                 news,
                 len(particles.weights.variables[replica]),
             )
-            return news._replace(factors=own_factors)
+            return news._replace(factors=factors)
 
         news = particles.each(learn)
 
@@ -174,7 +175,10 @@ class SyncGraph:
                 lambda: tf.identity(positions[replica]),
                 lambda: heal(replica),
             )
-            if factors is None:
+            if led:
+                memory, finite = particles.rule_state[replica], led[1]
+                position = self._rule.follow(memory, vectors[replica])
+            else:
                 position = self._rule.move(
                     particles.rule_state[replica],
                     position,
@@ -182,10 +186,6 @@ class SyncGraph:
                     functools.partial(particles.tensor_ids, replica),
                 )
                 finite = divergence.is_finite(position)
-            else:
-                memory = particles.rule_state[replica]
-                position = self._rule.follow(memory, vectors[replica])
-                finite = tf.constant(True)
             particles.keep(replica, vectors[replica])
             if replica == 0:
                 measures.update(self._rule.measures(particles.state(0), news[0]))
